@@ -1,0 +1,1 @@
+"""The publisher's side: builds, seals, signs and serves releases. Never imported on a device."""

@@ -1,0 +1,196 @@
+"""Durable files of the repository: the one place of the publisher that writes, renames and syncs.
+
+Invariants: a reader sees the old file or the whole new one, never a part; after `write_atomic` returned, a power cut
+does not lose the file; what is read is a regular file and never a link.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import stat
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from ota.errors import PublishError, Reason
+
+SECRET_MODE = 0o600
+PUBLIC_MODE = 0o644
+SECRET_DIRECTORY_MODE = 0o700
+PUBLIC_DIRECTORY_MODE = 0o755
+
+
+def make_directory(path: Path, mode: int = PUBLIC_DIRECTORY_MODE) -> None:
+    """Create `path` and its missing parents, each new one with `mode` and on disk before this returns.
+
+    Raises:
+        PublishError: `io_error` or `no_space`.
+    """
+    if path.is_dir():
+        return
+    if path.parent != path:
+        make_directory(path.parent, mode)
+    try:
+        path.mkdir(exist_ok=True)
+        path.chmod(mode)  # mkdir's own mode is cut by the umask
+        _sync_directory(path.parent)
+    except OSError as e:
+        raise _io_error(f"cannot create {path}", e) from e
+
+
+def write_atomic(path: Path, data: bytes, mode: int = PUBLIC_MODE) -> None:
+    """Replace or create `path` with `data`: temporary file, fsync, rename, fsync of the directory.
+
+    Raises:
+        PublishError: `io_error` or `no_space`; `path` is then unchanged and no temporary file is left.
+    """
+    temporary: str | None = None
+    try:
+        fd, temporary = tempfile.mkstemp(prefix=".tmp-", dir=path.parent)
+        with os.fdopen(fd, "wb") as file:
+            os.fchmod(fd, mode)
+            file.write(data)
+            file.flush()
+            os.fsync(fd)
+        os.rename(temporary, path)
+        temporary = None
+        _sync_directory(path.parent)
+    except OSError as e:
+        raise _io_error(f"cannot write {path}", e) from e
+    finally:
+        if temporary is not None:
+            with suppress(OSError):
+                os.unlink(temporary)
+
+
+def rename(path: Path, to: Path) -> None:
+    """Move a file within the repository, durably.
+
+    Raises:
+        PublishError: `io_error`.
+    """
+    try:
+        os.rename(path, to)
+        _sync_directory(to.parent)
+        _sync_directory(path.parent)
+    except OSError as e:
+        raise _io_error(f"cannot move {path} to {to}", e) from e
+
+
+def remove(path: Path) -> None:
+    """Unlink `path` if it is there.
+
+    Raises:
+        PublishError: `io_error`.
+    """
+    try:
+        path.unlink(missing_ok=True)
+    except OSError as e:
+        raise _io_error(f"cannot remove {path}", e) from e
+
+
+def open_regular(path: Path) -> tuple[int, int] | None:
+    """Descriptor (owned by the caller) and length of the regular file `path`, or None when it is not there.
+
+    Raises:
+        PublishError: `unsafe_file` for a link, a directory or a device; `io_error` otherwise.
+    """
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except OSError as e:
+        if e.errno == errno.ELOOP:
+            raise PublishError(Reason.UNSAFE_FILE, f"{path} is a symbolic link") from e
+        raise _io_error(f"cannot open {path}", e) from e
+    status = os.fstat(fd)
+    if not stat.S_ISREG(status.st_mode):
+        os.close(fd)
+        raise PublishError(Reason.UNSAFE_FILE, f"{path} is not a regular file")
+    return fd, status.st_size
+
+
+def read_regular(path: Path, max_bytes: int) -> bytes | None:
+    """Content of the regular file `path`, or None when it is not there.
+
+    Raises:
+        PublishError: `unsafe_file`, also when it is larger than `max_bytes`; `io_error`.
+    """
+    opened = open_regular(path)
+    if opened is None:
+        return None
+    fd, length = opened
+    with os.fdopen(fd, "rb") as file:
+        if length > max_bytes:
+            raise PublishError(Reason.UNSAFE_FILE, f"{path} has {length} bytes, more than the {max_bytes} allowed")
+        try:
+            return file.read(max_bytes)
+        except OSError as e:
+            raise _io_error(f"cannot read {path}", e) from e
+
+
+def read_secret(path: Path, max_bytes: int) -> bytes | None:
+    """As `read_regular`, for a file that only its owner may open.
+
+    Raises:
+        PublishError: `unsafe_file` when group or others have any access, or when it belongs to another user.
+    """
+    opened = open_regular(path)
+    if opened is None:
+        return None
+    fd, length = opened
+    with os.fdopen(fd, "rb") as file:
+        status = os.fstat(fd)
+        if status.st_mode & 0o077:
+            raise PublishError(
+                Reason.UNSAFE_FILE,
+                f"{path} is open to others (mode {stat.S_IMODE(status.st_mode):04o})",
+                hint=f"chmod 600 {path}; if others could read it, replace the key",
+            )
+        if status.st_uid != os.geteuid():
+            raise PublishError(
+                Reason.UNSAFE_FILE, f"{path} belongs to user {status.st_uid}", hint="run as the repository's owner"
+            )
+        if length > max_bytes:
+            raise PublishError(Reason.UNSAFE_FILE, f"{path} has {length} bytes, more than the {max_bytes} allowed")
+        return file.read(max_bytes)
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Hold the exclusive lock of `path`, a file that is created when missing and never removed.
+
+    Raises:
+        PublishError: `busy` at once when another process holds it.
+    """
+    try:
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, SECRET_MODE)
+    except OSError as e:
+        raise _io_error(f"cannot open {path}", e) from e
+    try:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as e:
+            raise PublishError(
+                Reason.BUSY, "another edge-ota is changing this repository", hint="try again when it ended", retry=True
+            ) from e
+        yield
+    finally:
+        os.close(fd)
+
+
+def _sync_directory(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def _io_error(what: str, error: OSError) -> PublishError:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return PublishError(Reason.NO_SPACE, f"{what}: no space left", hint="free some space and run it again")
+    return PublishError(Reason.IO_ERROR, f"{what}: {error.strerror or error}")

@@ -1,0 +1,191 @@
+"""A stick or a folder as the source: the same trust, and nothing on it can be anything but a regular file."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import shutil
+import socket
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from ota.client.transports.directory import DirectoryTransport
+from ota.errors import OtaError, Reason
+from tests.ota.client.conftest import DEVICE, LINE, Device, run
+from tests.ota.client.simulator import LATER, PAST, Simulator, sha256
+
+
+@pytest.fixture
+def stick(committed: Device, tmp_path: Path) -> Path:
+    """A stick with 1.1.0 for a device that runs 1.0.0 and has no network."""
+    committed.release("1.1.0")
+    folder = tmp_path / "stick"
+    committed.repository.write(folder, DEVICE)
+    committed.transport.unreachable = True
+    return folder
+
+
+def _payload(device: Device, stick: Path) -> Path:
+    import json
+
+    document = json.loads(device.repository.built[LINE, "1.1.0"].data)
+    return stick / "payloads" / document["components"][0]["full"]["sha256"]
+
+
+def test_an_update_from_a_stick_ends_in_the_same_bytes_as_over_the_network(committed: Device, stick: Path) -> None:
+    event = run(committed.reboot().sideload(stick))[-1]
+    assert event.outcome == "committed"
+    plain = committed.repository.built[LINE, "1.1.0"].plain["int8"]
+    assert committed.host.serving[LINE] == ("1.1.0", plain)
+    assert (committed.disk / "store" / f"{sha256(plain)}.cbs").exists()
+
+
+@pytest.mark.fault("F64")
+def test_the_same_stick_twice_is_already_installed(committed: Device, stick: Path) -> None:
+    updater = committed.reboot()
+    assert run(updater.sideload(stick))[-1].outcome == "committed"
+    assert run(updater.sideload(stick))[-1].outcome == "up_to_date"
+
+
+def test_metadata_floors_of_a_stick_are_its_own_and_the_release_counter_is_shared(
+    committed: Device, stick: Path
+) -> None:
+    for _ in range(5):
+        committed.repository.publish()
+    committed.transport.unreachable = False
+    committed.repository.desired[DEVICE] = (stick / "devices" / DEVICE / "desired.json").read_bytes()
+    newest = committed.release("1.2.0")
+    assert committed.check().outcome == "committed"
+    event = run(committed.reboot().sideload(stick))[-1]
+    assert (event.reason, committed.serving) == (Reason.COUNTER_ROLLBACK, newest.version)
+
+
+@pytest.mark.fault("F63")
+@pytest.mark.parametrize("kind", ["expired", "wrong_root"])
+def test_an_expired_stick_or_one_of_another_publisher_is_refused(committed: Device, tmp_path: Path, kind: str) -> None:
+    repository = committed.repository if kind == "expired" else Simulator()
+    if kind == "expired":
+        repository.timestamp.signed.expires = PAST
+    built = repository.build(LINE, "1.1.0", {"int8": b"model"}, b"golden", counter=9)
+    repository.grant(DEVICE, committed.key, built, expires=LATER)
+    repository.write(tmp_path / "stick", DEVICE)
+    event = run(committed.reboot().sideload(tmp_path / "stick"))[-1]
+    assert event.reason is (Reason.METADATA_EXPIRED if kind == "expired" else Reason.BAD_SIGNATURE)
+    assert committed.serving == "1.0.0"
+
+
+def _link(path: Path) -> None:
+    target = path.with_name("elsewhere")
+    path.rename(target)
+    path.symlink_to(target.name)
+
+
+def _pipe(path: Path) -> None:
+    path.unlink()
+    os.mkfifo(path)
+
+
+def _folder(path: Path) -> None:
+    path.unlink()
+    path.mkdir()
+
+
+def _socket(path: Path) -> None:
+    path.unlink()
+    os.chdir(path.parent)
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(path.name)
+
+
+def _device(path: Path) -> None:
+    path.unlink()
+    path.symlink_to("/dev/zero")
+
+
+@pytest.mark.fault("F57")
+@pytest.mark.parametrize("replace", [_link, _pipe, _folder, _socket, _device])
+@pytest.mark.parametrize("what", ["timestamp", "payload"])
+def test_anything_but_a_regular_file_is_refused(
+    committed: Device, stick: Path, monkeypatch: pytest.MonkeyPatch, replace: Callable[[Path], None], what: str
+) -> None:
+    monkeypatch.chdir(stick)
+    replace(stick / "metadata" / "timestamp.json" if what == "timestamp" else _payload(committed, stick))
+    event = run(committed.reboot().sideload(stick))[-1]
+    assert (event.outcome, event.reason) == ("failed", Reason.UNSAFE_FILE)
+    assert committed.serving == "1.0.0"
+
+
+@pytest.mark.parametrize("folder", ["metadata", "payloads", f"targets/{LINE}", "devices"])
+def test_a_folder_that_is_a_link_is_refused(committed: Device, stick: Path, folder: str) -> None:
+    _link(stick / folder)
+    event = run(committed.reboot().sideload(stick))[-1]
+    assert (event.outcome, event.reason) == ("failed", Reason.UNSAFE_FILE)
+
+
+@pytest.mark.fault("F60")
+def test_a_stick_that_changes_or_vanishes_while_it_is_read_changes_nothing(committed: Device, stick: Path) -> None:
+    path = _payload(committed, stick)
+    data = bytearray(path.read_bytes())
+    data[70_000] ^= 1
+    path.write_bytes(data)
+    updater = committed.reboot()
+    assert run(updater.sideload(stick))[-1].reason is Reason.TRANSFER_CORRUPT
+    shutil.rmtree(stick)
+    assert run(updater.sideload(stick))[-1].reason is Reason.SOURCE_UNREACHABLE
+    assert committed.serving == "1.0.0"
+
+
+def test_a_payload_cut_short_on_the_stick_is_refused(committed: Device, stick: Path) -> None:
+    path = _payload(committed, stick)
+    path.write_bytes(path.read_bytes()[:-10])
+    assert run(committed.reboot().sideload(stick))[-1].reason is Reason.TRANSFER_CORRUPT
+    assert committed.serving == "1.0.0"
+
+
+@pytest.mark.fault("F62")
+def test_no_folder_is_ever_listed(committed: Device, stick: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    updater = committed.reboot()
+    genuine = os.listdir
+
+    def listdir(path: object) -> list[str]:
+        assert not str(path).startswith(str(stick)), f"{path} was listed"
+        return genuine(path)  # type: ignore[call-overload, no-any-return]
+
+    monkeypatch.setattr(os, "listdir", listdir)
+    monkeypatch.setattr(os, "scandir", listdir)
+    assert run(updater.sideload(stick))[-1].outcome == "committed"
+
+
+@pytest.mark.fault("F65")
+def test_a_stick_during_an_update_of_the_same_line_is_told_to_wait(committed: Device, stick: Path) -> None:
+    committed.transport.unreachable = False
+    gate = committed.host.hold["self_test", "1.1.0"] = asyncio.Event()
+    updater = committed.reboot()
+
+    async def scenario() -> None:
+        round_ = asyncio.create_task(updater.check())
+        while not any(call[0] == "self_test" and call[2] == "1.1.0" for call in committed.host.calls):
+            await asyncio.sleep(0.001)
+        assert (await updater.sideload(stick))[-1].reason is Reason.BUSY
+        gate.set()
+        assert (await round_)[-1].outcome == "committed"
+
+    run(scenario())
+
+
+@pytest.mark.parametrize("role", ["../root", "release-../x", "mirror", "release-", "timestamp\0"])
+def test_names_out_of_the_grammar_never_reach_the_disk(tmp_path: Path, role: str) -> None:
+    with pytest.raises(OtaError) as refusal:
+        run(DirectoryTransport(tmp_path, DEVICE).metadata(role, 1, 10))
+    assert refusal.value.reason is Reason.BAD_TARGET_NAME
+
+
+def test_a_document_larger_than_asked_for_is_refused_unread(tmp_path: Path) -> None:
+    (tmp_path / "metadata").mkdir()
+    with (tmp_path / "metadata" / "timestamp.json").open("wb") as file:
+        file.truncate(1 << 33)
+    with pytest.raises(OtaError) as refusal:
+        run(DirectoryTransport(tmp_path, DEVICE).metadata("timestamp", None, 1000))
+    assert refusal.value.reason is Reason.METADATA_TOO_LARGE
