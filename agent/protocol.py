@@ -1,0 +1,439 @@
+"""What daemon and workers say to each other: one JSON object a message over SOCK_SEQPACKET, descriptors beside it.
+
+Importable on Python 3.10 with the standard library alone. It is not a transport for bulk bytes: models, rings, images
+and results of transforms travel as descriptors of memfds, frames through the ring with a 24-byte notice each.
+Invariants: a message is at most `MAX_MESSAGE_BYTES`; both ends check every field's type, because a model that took over
+a worker speaks this protocol too; descriptors a message does not expect are closed unread.
+"""
+
+from __future__ import annotations
+
+import array
+import dataclasses
+import json
+import os
+import socket
+import struct
+from dataclasses import dataclass, field
+from typing import Any
+
+from agent.errors import AgentError, Reason
+
+MAX_MESSAGE_BYTES = 64 * 1024
+MAX_FDS = 8
+
+# Source to reader, one per frame: sequence, capture time (CLOCK_MONOTONIC ns), slot, reserved.
+NOTICE = struct.Struct("<QqII")
+# Reader to source: the slot whose lease it returns; FIRST_CREDIT asks for the first frame.
+CREDIT = struct.Struct("<I")
+FIRST_CREDIT = 0xFFFFFFFF
+
+
+# --- daemon and host -------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class HostReady:
+    """The host of the workers is up. `unit` is the systemd unit it runs in, or empty."""
+
+    pid: int
+    version: str
+    python: str
+
+
+@dataclass(frozen=True)
+class Spawn:
+    """Start a worker of `role` (source, model, trial, transform); its end of the socket is the one descriptor.
+
+    `memory_bytes` bounds its heap (RLIMIT_DATA); 0 leaves it unbounded.
+    """
+
+    worker: int
+    role: str
+    nice: int
+    memory_bytes: int
+
+
+@dataclass(frozen=True)
+class Started:
+    """The worker's process exists."""
+
+    worker: int
+    pid: int
+
+
+@dataclass(frozen=True)
+class Kill:
+    """Send `signal` to a worker."""
+
+    worker: int
+    signal: int
+
+
+@dataclass(frozen=True)
+class Exited:
+    """A worker ended. `status` is its exit code, or minus the signal that ended it."""
+
+    worker: int
+    status: int
+    stderr_tail: str
+    peak_rss_bytes: int
+    cpu_s: float
+
+
+# --- every worker ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Fault:
+    """A worker refuses what it was asked. It stays alive unless it says otherwise by exiting."""
+
+    reason: str
+    message: str
+    hint: str
+
+
+@dataclass(frozen=True)
+class StopWorker:
+    """Finish the frame in hand, release everything, exit with 0."""
+
+
+# --- source ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class OpenSource:
+    """Open a source and make its ring. `kind` is `video`; `options` are the parsed keys of its table in agent.toml."""
+
+    name: str
+    kind: str
+    options: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class SourceOpened:
+    """The source can deliver. Frames are uint8 BGR, height x width x channels; the ring is the one descriptor."""
+
+    width: int
+    height: int
+    channels: int
+    fps: float
+    slots: int
+    slot_bytes: int
+
+
+@dataclass(frozen=True)
+class AttachReader:
+    """A reader of the line `line`; its notice socket is the one descriptor. `active` readers get frames at once."""
+
+    reader: int
+    line: str
+    active: bool
+
+
+@dataclass(frozen=True)
+class SwitchReader:
+    """From the next frame on the line's frames go to `reader`; the old reader finishes what it holds and gets EOF."""
+
+    line: str
+    reader: int
+
+
+@dataclass(frozen=True)
+class Switched:
+    """The switch happened: `first_seq` is the first frame that goes to `reader`."""
+
+    line: str
+    reader: int
+    first_seq: int
+
+
+@dataclass(frozen=True)
+class DetachReader:
+    """Forget a reader; frames it holds count as dropped with `reason`."""
+
+    reader: int
+    reason: str
+
+
+@dataclass(frozen=True)
+class Dropped:
+    """Frames of a line that nobody will answer, and why: `backlog`, `worker_lost`, `no_reader`, `stopped`."""
+
+    line: str
+    seqs: list[int]
+    reason: str
+
+
+@dataclass(frozen=True)
+class SourceState:
+    """`opening`, `streaming`, `stale`, `reconnecting` or `ended`."""
+
+    state: str
+    detail: str
+    frames: int
+
+
+# --- model and trial -------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class LoadModel:
+    """Load the model in the one descriptor (a sealed memfd) on `delegate`, and on nothing else.
+
+    `graph` carries task, labels, preprocess and postprocess as in release.json; `inputs` and `outputs` its tensor
+    specs, in the order preprocess and postprocess expect; empty lists take them from the model itself.
+    """
+
+    line: str
+    version: str
+    component: str
+    format: str
+    delegate: str
+    threads: int
+    graph: dict[str, Any]
+    inputs: list[Any]
+    outputs: list[Any]
+
+
+@dataclass(frozen=True)
+class ModelLoaded:
+    """The session is ready. `actual` is the delegate that really runs, `coverage` its share of the nodes, 0 to 1."""
+
+    actual: str
+    coverage: float
+    load_ms: float
+    rss_bytes: int
+    runtime: str
+    inputs: list[Any]
+    outputs: list[Any]
+
+
+@dataclass(frozen=True)
+class RunGolden:
+    """Run the golden vectors in the one descriptor; `tolerance` is graph.golden of release.json."""
+
+    component: str
+    tolerance: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class GoldenPassed:
+    """Every golden vector was reproduced. `worst` is the largest error as a share of its tolerance, 0 to 1."""
+
+    vectors: int
+    worst: float
+
+
+@dataclass(frozen=True)
+class Measure:
+    """Run the session `warmups` + `runs` times on a golden or blank frame."""
+
+    warmups: int
+    runs: int
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Nanoseconds of each counted run: preprocess, inference and postprocess together."""
+
+    runs_ns: list[int]
+    rss_bytes: int
+
+
+@dataclass(frozen=True)
+class RunImage:
+    """Run one encoded image (PNG, JPEG …), the one descriptor; answered by a `Result` with seq 0."""
+
+
+@dataclass(frozen=True)
+class AttachRing:
+    """Serve frames: descriptors are the ring and the reader's notice socket."""
+
+    width: int
+    height: int
+    channels: int
+    slots: int
+    slot_bytes: int
+
+
+@dataclass(frozen=True)
+class RingAttached:
+    """The reader has mapped the ring, run once on a blank frame and asked for its first frame."""
+
+    warm_ms: float
+
+
+@dataclass(frozen=True)
+class Result:
+    """What the model says of one frame.
+
+    `t_frame_ns` and `t_done_ns` are CLOCK_MONOTONIC. `stages_us` is [wait, preprocess, inference, postprocess].
+    `items`: detection {"label", "score", "box": [x0, y0, x1, y1] in source pixels}, classification {"label", "score"},
+    raw {"name", "shape", "min", "max", "mean"}.
+    """
+
+    seq: int
+    t_frame_ns: int
+    t_done_ns: int
+    stages_us: list[int]
+    items: list[Any]
+
+
+@dataclass(frozen=True)
+class Finished:
+    """The notice socket ended; every frame this reader was given has been answered."""
+
+    answered: int
+    last_seq: int
+
+
+# --- transform -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Transform:
+    """Decode the payload in the first descriptor, a delta with its base in the second, to exactly `out_bytes` bytes."""
+
+    codec: str
+    out_bytes: int
+
+
+@dataclass(frozen=True)
+class Transformed:
+    """The result, `out_bytes` long, in the one descriptor: a sealed memfd."""
+
+    out_bytes: int
+    cpu_ms: float
+
+
+MESSAGES: dict[str, type[Any]] = {
+    cls.__name__: cls
+    for cls in (
+        HostReady, Spawn, Started, Kill, Exited, Fault, StopWorker, OpenSource, SourceOpened, AttachReader,
+        SwitchReader, Switched, DetachReader, Dropped, SourceState, LoadModel, ModelLoaded, RunGolden,
+        GoldenPassed, Measure, Measured, RunImage, AttachRing, RingAttached, Result, Finished, Transform,
+        Transformed,
+    )
+}  # fmt: skip
+_TYPES: dict[str, tuple[type, ...]] = {
+    "int": (int,),
+    "float": (int, float),
+    "str": (str,),
+    "bool": (bool,),
+    "dict[str, Any]": (dict,),
+    "list[Any]": (list,),
+    "list[int]": (),
+}
+_FIELDS: dict[str, dict[str, str]] = {
+    name: {f.name: str(f.type) for f in dataclasses.fields(cls)} for name, cls in MESSAGES.items()
+}
+
+
+@dataclass
+class Packet:
+    """A received message and the descriptors that came with it; whoever takes one with `take` owns it."""
+
+    message: Any
+    fds: list[int] = field(default_factory=list)
+
+    def take(self, count: int) -> list[int]:
+        """Hand over exactly `count` descriptors.
+
+        Raises:
+            AgentError: `bad_message` when another number came; all are closed then.
+        """
+        if len(self.fds) != count:
+            got = len(self.fds)
+            self.close()
+            raise AgentError(Reason.BAD_MESSAGE, f"{type(self.message).__name__} came with {got} descriptors")
+        fds, self.fds = self.fds, []
+        return fds
+
+    def close(self) -> None:
+        """Close every descriptor not taken."""
+        for fd in self.fds:
+            os.close(fd)
+        self.fds = []
+
+
+def encode(message: Any) -> bytes:
+    """One message as bytes.
+
+    Raises:
+        AgentError: `bad_message` when it is larger than `MAX_MESSAGE_BYTES`.
+    """
+    body: dict[str, Any] = {"t": type(message).__name__}
+    body.update(message.__dict__)
+    data = json.dumps(body, separators=(",", ":")).encode()
+    if len(data) > MAX_MESSAGE_BYTES:
+        raise AgentError(Reason.BAD_MESSAGE, f"{body['t']} of {len(data)} bytes does not fit into one message")
+    return data
+
+
+def decode(data: bytes) -> Any:
+    """The message in `data`.
+
+    Raises:
+        AgentError: `bad_message` for anything but a known message with exactly its fields and types.
+    """
+    try:
+        body = json.loads(data)
+        name = body.pop("t")
+        wanted = _FIELDS[name]
+    except (ValueError, RecursionError, KeyError, AttributeError, TypeError) as e:
+        raise AgentError(Reason.BAD_MESSAGE, f"not a message: {data[:60]!r}") from e
+    if body.keys() != wanted.keys():
+        raise AgentError(Reason.BAD_MESSAGE, f"{name} has fields {sorted(body)[:20]}")
+    for key, value in body.items():
+        kind = wanted[key]
+        if kind == "list[int]" and isinstance(value, list) and all(type(item) is int for item in value):
+            continue
+        if not isinstance(value, _TYPES[kind]) or (kind in ("int", "float") and isinstance(value, bool)):
+            raise AgentError(Reason.BAD_MESSAGE, f"{name}.{key} is not {kind}")
+    return MESSAGES[name](**body)
+
+
+def send(sock: socket.socket, message: Any, fds: tuple[int, ...] = ()) -> None:
+    """Send one message; the descriptors stay the caller's.
+
+    Raises:
+        OSError: as `sendmsg`; `BlockingIOError` on a full non-blocking socket.
+    """
+    ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
+    sock.sendmsg([encode(message)], ancillary)
+
+
+def receive(sock: socket.socket) -> Packet | None:
+    """Receive one message; None when the other end closed.
+
+    Raises:
+        AgentError: `bad_message`; descriptors that came with it are closed.
+        OSError: as `recvmsg`; `BlockingIOError` on an empty non-blocking socket.
+    """
+    fds = array.array("i")
+    space = socket.CMSG_SPACE(MAX_FDS * fds.itemsize)
+    data, ancillary, flags, _ = sock.recvmsg(MAX_MESSAGE_BYTES, space, socket.MSG_CMSG_CLOEXEC)
+    for level, kind, payload in ancillary:
+        if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
+            fds.frombytes(payload[: len(payload) - len(payload) % fds.itemsize])
+    packet = Packet(None, list(fds))
+    if not data and not packet.fds:
+        return None
+    if flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC):
+        packet.close()
+        raise AgentError(Reason.BAD_MESSAGE, f"a message larger than {MAX_MESSAGE_BYTES} bytes was cut")
+    try:
+        packet.message = decode(data)
+    except AgentError:
+        packet.close()
+        raise
+    return packet
+
+
+def socket_pair() -> tuple[socket.socket, socket.socket]:
+    """A connected pair of SEQPACKET sockets, large enough for one full message in flight."""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    for sock in (ours, theirs):
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4 * MAX_MESSAGE_BYTES)
+    return ours, theirs

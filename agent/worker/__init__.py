@@ -1,0 +1,1 @@
+"""The unprivileged side: cameras, models and accelerators. Never holds a key and never opens the network."""

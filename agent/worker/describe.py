@@ -1,0 +1,235 @@
+"""What models are and what they answer, for the publisher: a throw-away process beside its command.
+
+Reads a request (JSON: `models` {component: path}, `outputs` {component: [names]}, `graph`, `images` [paths]) and writes
+`facts.json` into the out folder; with an `images` key also `golden.npz` and `tolerance.json`, on seeded noise when the
+list is empty. A refusal is one JSON object {reason, message, hint}, the last line of stderr, and an exit status.
+Invariant: the formats' own parsers run here and nowhere else on the publisher's side.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+
+from agent import memfd
+from agent.errors import AgentError, ModelError, Reason, exit_code
+from agent.worker import golden
+from agent.worker.delegates import Delegate, DelegateLoader
+from agent.worker.graph import Graph, parse_graph
+from agent.worker.pipeline import Pipeline
+from agent.worker.preprocess import image_layout
+from agent.worker.tensor import TensorSpec
+
+FORMATS = {".tflite": "tflite", ".onnx": "onnx"}
+NOISE_VECTORS = 4
+NOISE_SEED = 20240426
+NOISE_SIZE = (480, 640)
+
+
+@dataclass(frozen=True)
+class _Loaded:
+    """A component on every delegate that takes it; the answers of the first become the golden vectors."""
+
+    format: str
+    delegates: tuple[str, ...]
+    runtime: str
+    pipelines: tuple[Pipeline, ...]
+
+    @property
+    def pipeline(self) -> Pipeline:
+        return self.pipelines[0]
+
+
+def run(request: str, out: str, delegates: Mapping[str, DelegateLoader]) -> int:
+    """Answer the request file; the exit status."""
+    cv2.setNumThreads(1)
+    try:
+        _answer(_read_request(Path(request)), Path(out), delegates)
+    except AgentError as e:
+        print(json.dumps({"reason": e.reason.value, "message": e.message, "hint": e.hint}), file=sys.stderr)
+        return exit_code(e.reason)
+    return 0
+
+
+def _answer(request: Mapping[str, Any], folder: Path, delegates: Mapping[str, DelegateLoader]) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    graph = parse_graph(request.get("graph", {}))
+    usable = _usable(delegates)
+    loaded = {
+        name: _load(name, Path(path), request.get("outputs", {}).get(name, []), graph, usable)
+        for name, path in request["models"].items()
+    }
+    _write(
+        folder / "facts.json",
+        {
+            name: {
+                "format": model.format,
+                "delegates": list(model.delegates),
+                "inputs": [spec.to_json() for spec in model.pipeline.inputs],
+                "outputs": [spec.to_json() for spec in model.pipeline.outputs],
+            }
+            for name, model in loaded.items()
+        },
+    )
+    if "images" in request:
+        vectors, tolerance = _record(loaded, [Path(path) for path in request["images"]])
+        (folder / "golden.npz").write_bytes(golden.dump_vectors(vectors))
+        _write(folder / "tolerance.json", tolerance)
+
+
+def _read_request(path: Path) -> Mapping[str, Any]:
+    try:
+        request = json.loads(path.read_bytes())
+    except (OSError, ValueError) as e:
+        raise AgentError(Reason.BAD_USAGE, f"request {path}: {e}", hint="give a JSON file") from e
+    models = request.get("models") if isinstance(request, dict) else None
+    if not isinstance(models, dict) or not models or not all(isinstance(v, str) for v in models.values()):
+        raise AgentError(Reason.BAD_USAGE, f"request {path} names no models", hint='give {"models": {name: path}}')
+    images = request.get("images", [])
+    if not isinstance(images, list) or not all(isinstance(v, str) for v in images):
+        raise AgentError(Reason.BAD_USAGE, f"request {path}: images is not a list of paths", hint="give paths")
+    return dict(request)
+
+
+def _usable(delegates: Mapping[str, DelegateLoader]) -> list[Delegate]:
+    """Delegates whose runtime works here, in the table's order."""
+    found = []
+    for load in delegates.values():
+        try:
+            found.append(load())
+        except ModelError:
+            continue  # not installed: the facts simply do not list it
+    return found
+
+
+def _load(name: str, path: Path, outputs: Sequence[str], graph: Graph, usable: Sequence[Delegate]) -> _Loaded:
+    """Load one component on every delegate that takes its format."""
+    format = FORMATS.get(path.suffix)
+    if format is None:
+        raise ModelError(
+            Reason.UNKNOWN_FORMAT, f"{path.name} is of no known format", hint=f"known: {', '.join(FORMATS)}"
+        )
+    try:
+        data = path.read_bytes()
+    except OSError as e:
+        raise ModelError(Reason.MODEL_MISSING, f"cannot read {path}: {e.strerror}", hint="check the path") from e
+    candidates = [delegate for delegate in usable if format in delegate.formats]
+    if not candidates:
+        raise ModelError(
+            Reason.RUNTIME_MISSING,
+            f"no installed runtime reads {path.suffix}",
+            hint=f"pip install 'edge-runtime-agent[{'litert' if format == 'tflite' else 'onnx'}]'",
+        )
+    fd = memfd.of_bytes(name, data)
+    takers: list[Delegate] = []
+    pipelines: list[Pipeline] = []
+    refusal: ModelError | None = None
+    try:
+        for delegate in candidates:
+            try:
+                session = delegate.load(fd, format, 1)
+                if pipelines:  # every delegate listed must see the same tensors; not each knows their scales
+                    pipeline = Pipeline(session, graph, pipelines[0].inputs, pipelines[0].outputs)
+                else:
+                    pipeline = Pipeline(session, graph, session.inputs, _in_order(outputs, session.outputs))
+            except ModelError as e:
+                refusal = refusal or e
+                continue
+            takers.append(delegate)
+            pipelines.append(pipeline)
+    finally:
+        os.close(fd)
+    if not takers:
+        assert refusal is not None
+        raise ModelError(refusal.reason, f"{path.name}: {refusal.message}", hint=refusal.hint)
+    return _Loaded(format, tuple(delegate.name for delegate in takers), takers[0].runtime, tuple(pipelines))
+
+
+def _in_order(names: Sequence[str], specs: Sequence[TensorSpec]) -> list[TensorSpec]:
+    by_name = {spec.name: spec for spec in specs}
+    for name in names:
+        if name not in by_name:
+            raise ModelError(
+                Reason.MODEL_SHAPE,
+                f"the model has no output {name[:60]!r}, but {', '.join(sorted(by_name))}",
+                hint="correct outputs in the [[component]] table",
+            )
+    return [by_name[name] for name in names]
+
+
+def _record(loaded: Mapping[str, _Loaded], images: Sequence[Path]) -> tuple[list[golden.Vector], dict[str, Any]]:
+    """Run every component on every input; the vectors and the tolerance they may be compared with."""
+    inputs = _pictures(images) if images else _noise(next(iter(loaded.values())).pipeline)
+    answers = {name: [_answers(pipeline, inputs) for pipeline in model.pipelines] for name, model in loaded.items()}
+    vectors = [
+        golden.Vector(vector.image, vector.tensors, {name: answers[name][0][i] for name in loaded})
+        for i, vector in enumerate(inputs)
+    ]
+    atol: dict[str, list[float]] = {}
+    for name, model in loaded.items():
+        recorded, *others = answers[name]
+        atol[name] = []
+        for j, spec in enumerate(model.pipeline.outputs):
+            differing = [outputs[j] for other in others for outputs in other]
+            limit = golden.default_atol(spec, [outputs[j] for outputs in recorded], differing)
+            atol[name].append(float(f"{limit:.6g}"))
+    recorded_by = {name: model.runtime for name, model in loaded.items()}
+    return vectors, {"atol": atol, "margin": golden.DEFAULT_MARGIN, "recorded_by": recorded_by}
+
+
+def _answers(pipeline: Pipeline, inputs: Sequence[golden.Vector]) -> list[tuple[Any, ...]]:
+    return [tuple(output.copy() for output in golden.outputs_of(pipeline, vector)) for vector in inputs]
+
+
+def _pictures(paths: Sequence[Path]) -> list[golden.Vector]:
+    vectors = []
+    for path in paths:
+        try:
+            vectors.append(golden.Vector(path.read_bytes(), (), {}))
+        except OSError as e:
+            raise AgentError(
+                Reason.IMAGE_UNREADABLE, f"cannot read {path}: {e.strerror}", hint="correct images in [golden]"
+            ) from e
+    return vectors
+
+
+def _noise(pipeline: Pipeline) -> list[golden.Vector]:
+    """Seeded inputs: smooth coloured pictures for an image model, else numbers over each tensor's range."""
+    rng = np.random.default_rng(NOISE_SEED)
+    try:
+        image_layout(pipeline.inputs[0])
+    except ModelError:
+        return [
+            golden.Vector(None, tuple(_noise_tensor(spec, rng) for spec in pipeline.inputs), {})
+            for _ in range(NOISE_VECTORS)
+        ]
+    vectors = []
+    for _ in range(NOISE_VECTORS):
+        coarse = rng.integers(0, 256, (12, 16, 3), dtype=np.uint8)
+        image = cv2.resize(coarse, NOISE_SIZE[::-1], interpolation=cv2.INTER_CUBIC)
+        ok, data = cv2.imencode(".png", image)
+        assert ok
+        vectors.append(golden.Vector(data.tobytes(), (), {}))
+    return vectors
+
+
+def _noise_tensor(spec: TensorSpec, rng: np.random.Generator) -> np.ndarray[Any, Any]:
+    dtype = np.dtype(spec.dtype)
+    if dtype.kind in "iu":
+        limits = np.iinfo(dtype)
+        return rng.integers(limits.min, limits.max, spec.shape, dtype=dtype, endpoint=True)
+    if dtype.kind == "b":
+        return rng.integers(0, 2, spec.shape).astype(dtype)
+    return rng.standard_normal(spec.shape).astype(dtype)
+
+
+def _write(path: Path, value: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")

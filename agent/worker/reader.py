@@ -1,0 +1,83 @@
+"""A model worker's end of a ring: maps the frames and speaks notice and credit with the source.
+
+Invariant: the reader touches a slot only between the notice that lent it and the credit that returns it.
+"""
+
+from __future__ import annotations
+
+import socket
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from agent import protocol
+from agent.worker import ring
+
+if TYPE_CHECKING:
+    from agent.worker.sources import Frame
+
+
+@dataclass(frozen=True, slots=True)
+class Lent:
+    """A frame this reader may read until it gives `slot` back. `t_ns` is CLOCK_MONOTONIC."""
+
+    seq: int
+    t_ns: int
+    slot: int
+    frame: Frame
+
+
+class RingReader:
+    """An attached ring.
+
+    Args:
+        message: geometry of the ring.
+        ring_fd: the ring; stays the caller's.
+        notices_fd: the notice socket; becomes the reader's once this returns.
+
+    Raises:
+        AgentError: `bad_message` when the ring is not what the message says.
+    """
+
+    def __init__(self, message: protocol.AttachRing, ring_fd: int, notices_fd: int) -> None:
+        self._frames = ring.map_ring(
+            ring_fd, message.slots, message.slot_bytes, message.height, message.width, message.channels
+        )
+        self._sock = socket.socket(fileno=notices_fd)
+        self._sock.setblocking(True)
+        self.answered = 0
+        self.last_seq = -1
+
+    def fileno(self) -> int:
+        """Descriptor of the notice socket, for a selector."""
+        return self._sock.fileno()
+
+    def ask(self) -> bool:
+        """Ask for the first frame; False when the source is gone."""
+        return self._credit(protocol.FIRST_CREDIT)
+
+    def receive(self) -> Lent | None:
+        """The frame of the next notice; None at the end, and for anything that is no notice of this ring."""
+        try:
+            data = self._sock.recv(protocol.NOTICE.size + 1)
+        except OSError:
+            return None
+        if len(data) != protocol.NOTICE.size:
+            return None
+        seq, t_ns, slot, _ = protocol.NOTICE.unpack(data)
+        return Lent(seq, t_ns, slot, self._frames[slot]) if slot < len(self._frames) else None
+
+    def give_back(self, lent: Lent) -> bool:
+        """Return a frame that was answered, and ask for the next; False when the source is gone."""
+        self.answered += 1
+        self.last_seq = lent.seq
+        return self._credit(lent.slot)
+
+    def close(self) -> None:
+        """End the connection to the source."""
+        self._sock.close()
+
+    def _credit(self, slot: int) -> bool:
+        try:
+            return self._sock.send(protocol.CREDIT.pack(slot)) == protocol.CREDIT.size
+        except OSError:
+            return False
