@@ -1,0 +1,158 @@
+"""Enrolment with a file in each direction: a request leaves the device, a bundle comes back.
+
+The private keys never leave. The bundle pins the root of trust, so it must come by a trusted way.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from cryptography.hazmat.primitives import serialization
+
+from agent.daemon.keys import DeviceKeys
+from agent.errors import ConfigError, Reason
+from ota import strictjson
+from ota.errors import OtaError
+from ota.release import DEVICE_PATTERN
+
+if TYPE_CHECKING:
+    from cryptography import x509
+
+MAX_BUNDLE_BYTES = 256 * 1024
+_TENANT = re.compile(r"[a-z0-9][a-z0-9-]{0,31}")
+
+
+@dataclass(frozen=True, slots=True)
+class Enrolment:
+    """Who this device is and whom it trusts. Certificate and CA are files because the TLS library reads them."""
+
+    device: str
+    tenant: str
+    host: str
+    port: int
+    certificate: Path
+    ca: Path
+    root: bytes
+
+
+def request(device: str, keys: DeviceKeys) -> bytes:
+    """The enrolment request: a signing request for the TLS key and the public HPKE key, as JSON.
+
+    Raises:
+        ConfigError: `bad_usage` for a device id outside the grammar.
+    """
+    if not DEVICE_PATTERN.fullmatch(device):
+        raise ConfigError(
+            Reason.BAD_USAGE, f"device id {device[:60]!r} is not allowed", hint="use a-z, 0-9 and -, at most 48"
+        )
+    # 2.5 MB that only enrolment needs
+    from cryptography import x509
+    from cryptography.hazmat.primitives import hashes
+    from cryptography.hazmat.primitives.asymmetric import ec
+
+    key = serialization.load_pem_private_key(keys.tls_key.read_bytes(), password=None)
+    if not isinstance(key, ec.EllipticCurvePrivateKey):
+        raise ConfigError(Reason.KEY_UNSAFE, f"{keys.tls_key} is not an elliptic-curve key")
+    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, device)])
+    csr = x509.CertificateSigningRequestBuilder().subject_name(name).sign(key, hashes.SHA256())
+    document = {
+        "version": 1,
+        "device": device,
+        "csr": csr.public_bytes(serialization.Encoding.PEM).decode(),
+        "hpke_public": base64.b64encode(keys.hpke.public_key().public_bytes_raw()).decode(),
+    }
+    return json.dumps(document, indent=1).encode() + b"\n"
+
+
+def install(bundle: bytes, keys: DeviceKeys, state_dir: Path) -> Enrolment:
+    """Check a bundle against this device's key and keep it.
+
+    Raises:
+        ConfigError: `bad_bundle` for a damaged one, or one made for another device's key.
+    """
+    fields = _parse(bundle)
+    certificate = _certificate(fields["certificate"])
+    _certificate(fields["ca"])
+    own = serialization.load_pem_private_key(keys.tls_key.read_bytes(), password=None).public_key()
+    form = (serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo)
+    if certificate.public_key().public_bytes(*form) != own.public_bytes(*form):
+        raise ConfigError(
+            Reason.BAD_BUNDLE,
+            f"the bundle is for another key than this device's (bundle says {fields['device']!r})",
+            hint="make a new request here and enrol with it",
+        )
+    folder = state_dir / "enrolment"
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    for name, text in (("device.crt", fields["certificate"]), ("ca.crt", fields["ca"])):
+        _write(folder / name, text.encode())
+    _write(folder / "bundle.json", bundle)
+    return _enrolment(fields, folder)
+
+
+def load(state_dir: Path) -> Enrolment | None:
+    """The enrolment in force, or None for a device that has none.
+
+    Raises:
+        ConfigError: `bad_bundle`.
+    """
+    folder = state_dir / "enrolment"
+    try:
+        data = (folder / "bundle.json").read_bytes()
+    except FileNotFoundError:
+        return None
+    return _enrolment(_parse(data), folder)
+
+
+def _parse(bundle: bytes) -> dict[str, str]:
+    hint = "ask the operator for a new one: edge-ota enroll"
+    try:
+        data = strictjson.loads(bundle, max_bytes=MAX_BUNDLE_BYTES, what="enrolment bundle")
+        broker = data["broker"]
+        fields = {key: data[key] for key in ("device", "tenant", "certificate", "ca", "root")}
+        fields["host"], fields["port"] = broker["host"], str(int(broker["port"]))
+    except OtaError as e:
+        raise ConfigError(Reason.BAD_BUNDLE, e.message, hint=hint) from e
+    except (KeyError, TypeError, ValueError) as e:
+        raise ConfigError(Reason.BAD_BUNDLE, f"enrolment bundle: {e!r} is missing or wrong", hint=hint) from e
+    if not all(isinstance(value, str) for value in fields.values()):
+        raise ConfigError(Reason.BAD_BUNDLE, "enrolment bundle: a field is not a text", hint=hint)
+    if not DEVICE_PATTERN.fullmatch(fields["device"]) or not _TENANT.fullmatch(fields["tenant"]):
+        raise ConfigError(Reason.BAD_BUNDLE, "enrolment bundle: device or tenant is not an id", hint=hint)
+    return fields
+
+
+def _certificate(pem: str) -> x509.Certificate:
+    from cryptography import x509
+
+    try:
+        return x509.load_pem_x509_certificate(pem.encode())
+    except ValueError as e:
+        raise ConfigError(Reason.BAD_BUNDLE, "enrolment bundle: a certificate cannot be read") from e
+
+
+def _enrolment(fields: dict[str, str], folder: Path) -> Enrolment:
+    return Enrolment(
+        device=fields["device"],
+        tenant=fields["tenant"],
+        host=fields["host"],
+        port=int(fields["port"]),
+        certificate=folder / "device.crt",
+        ca=folder / "ca.crt",
+        root=fields["root"].encode(),
+    )
+
+
+def _write(path: Path, data: bytes) -> None:
+    temporary = path.with_name(f".{path.name}.new")
+    fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    with os.fdopen(fd, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(fd)
+    os.replace(temporary, path)

@@ -1,0 +1,248 @@
+"""The updater's view of this board: choose a component, transform, self-test, activate, watch, revert.
+
+Implements `ota.client.ports.Host` over the workers. The last verdicts of each line are kept, so that a restart serves
+at once on the delegate that was measured before, and `choose` fetches only what can be expected to win.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+from agent.config import Config
+from agent.daemon.lines import LineRuntime
+from agent.daemon.selection import Verdict, explain, failure, quantile, rank
+from agent.daemon.supervisor import Supervisor
+from agent.daemon.trials import TrialRunner, candidates, component_order, subject_of, transform
+from agent.errors import AgentError
+from agent.errors import Reason as AgentReason
+from agent.profile import Profile
+from ota import strictjson
+from ota.client.ports import Candidate, Choice, Probation, Tested
+from ota.errors import OtaError, PayloadError, Reason, Rejected
+from ota.release import Release
+
+log = logging.getLogger(__name__)
+
+TRANSFORM_TIMEOUT_S = 120.0
+PROBATION_TICK_S = 0.1
+MAX_PROBATION_CRASHES = 2
+SYNTHETIC_BEATS = 3
+MAX_VERDICTS_BYTES = 1 << 20
+
+# what a worker's fault means for the release under trial; all else is the device's own trouble
+_REJECTIONS = {
+    AgentReason.GOLDEN_MISMATCH: Reason.GOLDEN_MISMATCH,
+    AgentReason.WORKER_CRASHED: Reason.WORKER_CRASHED,
+    AgentReason.WORKER_HUNG: Reason.WORKER_HUNG,
+    AgentReason.WORKER_OUT_OF_MEMORY: Reason.WORKER_OUT_OF_MEMORY,
+    AgentReason.MODEL_UNLOADABLE: Reason.MODEL_UNLOADABLE,
+    AgentReason.MODEL_SHAPE: Reason.MODEL_UNLOADABLE,
+    AgentReason.UNKNOWN_FORMAT: Reason.MODEL_UNLOADABLE,
+    AgentReason.OVER_BUDGET: Reason.OVER_BUDGET,
+    AgentReason.RUNTIME_MISSING: Reason.NO_DELEGATE,
+    AgentReason.UNKNOWN_DELEGATE: Reason.NO_DELEGATE,
+    AgentReason.DELEGATE_FELL_BACK: Reason.NO_DELEGATE,
+}
+
+
+class ModelHost:
+    """`ota.client.ports.Host` for the lines of one device.
+
+    Args:
+        write: durable write of (name under the state directory, bytes).
+        on_verdicts: called with (line, version, verdicts) after each trial.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        profile: Profile,
+        supervisor: Supervisor,
+        lines: Mapping[str, LineRuntime],
+        *,
+        write: Callable[[str, bytes], None],
+        on_verdicts: Callable[[str, str, Sequence[Verdict]], None],
+    ) -> None:
+        self._config = config
+        self._profile = profile
+        self._supervisor = supervisor
+        self._lines = lines
+        self._write = write
+        self._on_verdicts = on_verdicts
+        self._trials = TrialRunner(supervisor, config.update)
+        self._verdicts: dict[str, list[Verdict]] = _load_verdicts(config.state_dir / VERDICTS_NAME)
+        self._activated_at: dict[str, float] = {}
+
+    def verdicts(self, line: str) -> list[Verdict]:
+        """Every verdict of the last trial of `line`; empty before the first."""
+        return self._verdicts.get(line, [])
+
+    async def choose(self, release: Release) -> Choice:
+        """See `ota.client.ports.Host.choose`."""
+        runtime = self._line(release.line)
+        last = rank(self.verdicts(release.line))
+        order = component_order(release, self._ladder(runtime), last[0] if last else None)
+        if not order:
+            raise Rejected(
+                Reason.NO_DELEGATE,
+                f"{release.line} {release.version} has no component that profile {self._profile.name} can run",
+                hint="publish a component in a format this device runs, see edge-agent status",
+            )
+        explore = runtime.config.explore
+        wanted = explore == "always" or (explore == "unmetered" and not self._config.update.metered)
+        # without a verdict nothing is known about this line here: look at all components once
+        return Choice(tuple(order), together=wanted and not last)
+
+    async def transform(self, codec: str, out_length: int, payload_fd: int, base_fd: int | None) -> int:
+        """See `ota.client.ports.Host.transform`."""
+        try:
+            return await transform(
+                self._supervisor, codec, out_length, payload_fd, base_fd, timeout_s=TRANSFORM_TIMEOUT_S
+            )
+        except AgentError as e:
+            if e.reason in _REJECTIONS:
+                raise Rejected(_REJECTIONS[e.reason], e.message, hint=e.hint) from e
+            reason = Reason.DELTA_CORRUPT if base_fd is not None else Reason.PAYLOAD_CORRUPT
+            raise PayloadError(reason, e.message, hint=e.hint) from e
+
+    async def self_test(self, candidate: Candidate) -> Tested:
+        """See `ota.client.ports.Host.self_test`."""
+        runtime = self._line(candidate.line)
+        try:
+            pairs = candidates(candidate.components, self._ladder(runtime))
+            verdicts = await self._trials.run(subject_of(candidate), pairs)
+        except AgentError as e:
+            raise OtaError(Reason.BUSY, e.message, hint=e.hint, retry=True) from e
+        self._on_verdicts(candidate.line, candidate.version, verdicts)
+        ranked = rank(verdicts)
+        if not ranked:
+            bad = failure(verdicts)
+            raise Rejected(
+                _REJECTIONS.get(AgentReason(bad.reason), Reason.WORKER_CRASHED),
+                f"{candidate.line} {candidate.version} on {bad.requested}: {bad.message}",
+                hint="the release is quarantined here; publish a newer one",
+            )
+        log.info("line %s %s: %s", candidate.line, candidate.version, explain(verdicts))
+        self._keep(candidate.line, verdicts)
+        best = ranked[0]
+        return Tested(best.component, best.requested, best.p50_ms, best.p95_ms, best.load_ms, best.rss_bytes)
+
+    async def activate(self, candidate: Candidate, tested: Tested) -> None:
+        """See `ota.client.ports.Host.activate`."""
+        await self._serve(candidate, self._verdict(candidate, tested.component, tested.delegate))
+
+    async def probation(self, candidate: Candidate) -> Probation:
+        """See `ota.client.ports.Host.probation`."""
+        limits, runtime = self._config.update, self._line(candidate.line)
+        seconds = limits.probation_s * limits.probation_scale
+        wanted = max(1, round(limits.probation_results * limits.probation_scale))
+        started = time.monotonic()
+        while True:
+            tally, elapsed = runtime.tally, time.monotonic() - started
+            self._check_probation(candidate, runtime)
+            if elapsed >= seconds and tally.results >= wanted:
+                return Probation(tally.results, elapsed, tally.p95_ms(), synthetic=False)
+            if elapsed >= 2 * seconds + limits.run_timeout_s:
+                return await self._synthetic(candidate, runtime, elapsed)
+            await asyncio.sleep(PROBATION_TICK_S)
+
+    async def revert(self, line: str, previous: Candidate | None) -> None:
+        """See `ota.client.ports.Host.revert`."""
+        runtime = self._line(line)
+        if previous is None:
+            await runtime.stop()
+            return
+        if runtime.serving is not None and runtime.serving.candidate.release.sha256 == previous.release.sha256:
+            return
+        await self.resume(previous)
+
+    async def resume(self, candidate: Candidate) -> None:
+        """Serve a committed release after a start: by its kept verdict, or by a new trial where there is none.
+
+        Raises:
+            OtaError: it cannot be served.
+        """
+        known = [v for v in rank(self.verdicts(candidate.line)) if v.component == candidate.component.name]
+        if known:
+            await self._serve(candidate, known[0])
+        else:
+            await self.activate(candidate, await self.self_test(candidate))
+
+    async def _serve(self, candidate: Candidate, verdict: Verdict) -> None:
+        try:
+            await self._line(candidate.line).serve(candidate, verdict)
+        except AgentError as e:
+            reason = _REJECTIONS.get(e.reason, Reason.WORKER_CRASHED)
+            raise Rejected(reason, f"{candidate.line} {candidate.version}: {e.message}", hint=e.hint) from e
+
+    def _check_probation(self, candidate: Candidate, runtime: LineRuntime) -> None:
+        tally, budget = runtime.tally, candidate.release.budgets.p95_ms
+        if tally.crashes >= MAX_PROBATION_CRASHES:
+            cause = tally.last_crash or AgentReason.WORKER_CRASHED
+            raise Rejected(
+                _REJECTIONS.get(cause, Reason.WORKER_CRASHED),
+                f"{candidate.line} {candidate.version} ended {tally.crashes} times in probation",
+            )
+        if budget is not None and tally.results >= 100 and quantile(tally.recent_ms, 0.95) > budget:
+            raise Rejected(
+                Reason.OVER_BUDGET,
+                f"{candidate.line} {candidate.version}: p95 {tally.p95_ms():.2f} ms in service, budget {budget:.2f} ms",
+            )
+
+    async def _synthetic(self, candidate: Candidate, runtime: LineRuntime, elapsed: float) -> Probation:
+        """Too few frames came (a dark or absent camera): golden vectors stand in as heartbeats."""
+        tested = runtime.serving.verdict.component if runtime.serving else candidate.component.name
+        for _ in range(SYNTHETIC_BEATS):
+            golden = await candidate.open(candidate.release.golden.name)
+            try:
+                await runtime.heartbeat(golden, tested, dict(candidate.release.graph.get("golden", {})))
+            except AgentError as e:
+                reason = _REJECTIONS.get(e.reason, Reason.PROBATION_FAILED)
+                raise Rejected(reason, f"{candidate.line} {candidate.version}: {e.message}") from e
+            finally:
+                os.close(golden)
+        return Probation(runtime.tally.results, elapsed, runtime.tally.p95_ms(), synthetic=True)
+
+    def _verdict(self, candidate: Candidate, component: str, delegate: str) -> Verdict:
+        for verdict in self.verdicts(candidate.line):
+            if (verdict.component, verdict.requested) == (component, delegate):
+                return verdict
+        return Verdict(component, delegate)
+
+    def _line(self, name: str) -> LineRuntime:
+        if name not in self._lines:
+            raise Rejected(
+                Reason.INCOMPATIBLE, f"this device has no line {name!r}", hint="add a [[line]] table to agent.toml"
+            )
+        return self._lines[name]
+
+    def _ladder(self, runtime: LineRuntime) -> tuple[str, ...]:
+        return runtime.config.delegates or self._profile.delegates
+
+    def _keep(self, line: str, verdicts: Sequence[Verdict]) -> None:
+        """A trial of one component says nothing new about the others: their older verdicts stay."""
+        tried = {v.component for v in verdicts}
+        self._verdicts[line] = [*verdicts, *(v for v in self.verdicts(line) if v.component not in tried)]
+        document = {name: [v.to_json() for v in kept] for name, kept in self._verdicts.items()}
+        self._write(VERDICTS_NAME, json.dumps(document, indent=1).encode())
+
+
+VERDICTS_NAME = "verdicts.json"
+
+
+def _load_verdicts(path: Path) -> dict[str, list[Verdict]]:
+    """Kept verdicts; a damaged file only costs a new trial."""
+    try:
+        data = strictjson.loads(path.read_bytes(), max_bytes=MAX_VERDICTS_BYTES, what=path.name)
+        return {line: [Verdict(**item) for item in items] for line, items in data.items()}
+    except FileNotFoundError:
+        return {}
+    except (OSError, OtaError, TypeError, AttributeError) as e:
+        log.warning("%s is unreadable and will be made anew: %s", path, e)
+        return {}

@@ -1,0 +1,36 @@
+"""One process at a time works on a state directory: daemon, or one-shot command beside a dead daemon."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from agent.errors import ControlError, Reason
+
+
+@contextlib.contextmanager
+def locked(state_dir: Path) -> Iterator[None]:
+    """Hold `state_dir` for this process alone; it is created when absent.
+
+    Raises:
+        ControlError: `state_unwritable`, or `daemon_running` when another process holds it.
+    """
+    try:
+        state_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+        fd = os.open(state_dir / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    except OSError as e:
+        raise ControlError(
+            Reason.STATE_UNWRITABLE, f"{state_dir}: {e.strerror}", hint="run as the user of the service"
+        ) from e
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    except BlockingIOError as e:
+        raise ControlError(
+            Reason.DAEMON_RUNNING, f"another daemon uses {state_dir}", hint="stop it: systemctl stop edge-agent"
+        ) from e
+    finally:
+        os.close(fd)

@@ -1,0 +1,64 @@
+"""The status document as Prometheus text: one pure function, no registry."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+_HELP = {
+    "edge_up": "1 while the daemon runs",
+    "edge_resident_bytes": "resident memory of the daemon",
+    "edge_link_connected": "1 while the broker is connected",
+    "edge_link_bytes_total": "bytes over the link by purpose and direction",
+    "edge_source_frames_total": "frames a source has captured",
+    "edge_source_streaming": "1 while a source delivers frames",
+    "edge_source_restarts_total": "restarts of a source process",
+    "edge_line_results_total": "frames answered",
+    "edge_line_dropped_total": "frames dropped, by reason",
+    "edge_line_restarts_total": "restarts of a model worker",
+    "edge_line_info": "release and delegate that serve a line",
+    "edge_stage_ms": "time of a stage of one frame, by quantile",
+}
+_COUNTERS = {name for name in _HELP if name.endswith("_total")}
+
+
+def render(status: Mapping[str, Any]) -> str:
+    """`status` (as `agent.app` builds it) in the text exposition format, version 0.0.4."""
+    samples: dict[str, list[tuple[dict[str, str], float]]] = {name: [] for name in _HELP}
+    samples["edge_up"].append(({}, 1))
+    samples["edge_resident_bytes"].append(({}, status["process"]["rss_bytes"]))
+    samples["edge_link_connected"].append(({}, status["link"]["state"] == "connected"))
+    for purpose, flow in status["link"]["bytes"].items():
+        for direction, count in flow.items():
+            samples["edge_link_bytes_total"].append(({"purpose": purpose, "direction": direction}, count))
+    for name, source in status["sources"].items():
+        labels = {"source": name}
+        samples["edge_source_frames_total"].append((labels, source["frames"]))
+        samples["edge_source_streaming"].append((labels, source["state"] == "streaming"))
+        samples["edge_source_restarts_total"].append((labels, source["restarts"]))
+    for name, line in status["lines"].items():
+        labels = {"line": name}
+        samples["edge_line_results_total"].append((labels, line["results"]))
+        samples["edge_line_restarts_total"].append((labels, line["restarts"]))
+        info = {"version": line["version"], "delegate": line["delegate"], "component": line["component"]}
+        samples["edge_line_info"].append(({**labels, **info}, 1))
+        for reason, count in line["dropped"].items():
+            samples["edge_line_dropped_total"].append(({**labels, "reason": reason}, count))
+        for stage, figures in line["stages_ms"].items():
+            for quantile, value in figures.items():
+                share = f"0.{quantile[1:]}"
+                samples["edge_stage_ms"].append(({**labels, "stage": stage, "quantile": share}, value))
+    return "".join(_family(name, rows) for name, rows in samples.items() if rows)
+
+
+def _family(name: str, rows: Iterable[tuple[Mapping[str, str], float]]) -> str:
+    kind = "counter" if name in _COUNTERS else "gauge"
+    lines = [f"# HELP {name} {_HELP[name]}", f"# TYPE {name} {kind}"]
+    for labels, value in rows:
+        text = ",".join(f'{key}="{_escape(label)}"' for key, label in labels.items())
+        lines.append(f"{name}{{{text}}} {float(value):.10g}" if text else f"{name} {float(value):.10g}")
+    return "\n".join(lines) + "\n"
+
+
+def _escape(label: str) -> str:
+    return label.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")

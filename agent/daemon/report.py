@@ -1,0 +1,138 @@
+"""The status document: what `edge-agent status`, `/metrics` and the retained `reported` message show. Pure readers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from agent.daemon.lines import LineRuntime
+from agent.daemon.selection import Verdict, rank
+from agent.daemon.sources import SourceRuntime
+from agent.daemon.telemetry import Telemetry
+from agent.daemon.updates import LastWords
+from ota.client.journal import Record
+from ota.client.ports import UpdateEvent
+
+DEVICE_LINE = "*"
+
+
+def source_status(source: SourceRuntime) -> dict[str, Any]:
+    """State of one source."""
+    opened = source.opened
+    return {
+        "state": source.state,
+        "detail": source.detail,
+        "frames": source.frames,
+        "restarts": source.restarts,
+        "size": f"{opened.width}x{opened.height}" if opened else "",
+        "fps": opened.fps if opened else 0.0,
+    }
+
+
+def line_status(
+    runtime: LineRuntime, record: Record, words: LastWords, telemetry: Telemetry, verdicts: list[Verdict], fps: float
+) -> dict[str, Any]:
+    """What serves one line, how fast, and how its last update went."""
+    name = runtime.config.name
+    serving = runtime.serving
+    counts = telemetry.counts(name)
+    stages = telemetry.stages_ms(name)
+    installed = record.line(name).active
+    served = serving.candidate.release if serving else None
+    return {
+        "version": served.version if served else "",
+        "release_counter": served.release_counter if served else 0,
+        "committed": installed.version if installed else "",
+        "component": serving.verdict.component if serving else "",
+        "delegate": serving.verdict.requested if serving else "",
+        "worker_pid": serving.worker.pid if serving else 0,
+        "fps": round(fps, 2),
+        "results": runtime.results,
+        "dropped": {key.removeprefix("dropped_"): n for key, n in counts.items() if key.startswith("dropped_")},
+        "restarts": runtime.restarts,
+        "p50_ms": stages.get("latency", {}).get("p50", 0.0),
+        "stages_ms": stages,
+        "verdicts": [v.to_json() for v in verdicts],
+        "update": update_status(name, record, words),
+    }
+
+
+def update_status(name: str, record: Record, words: LastWords) -> dict[str, Any]:
+    """Where the line's update stands and how the last one ended."""
+    ended = words.ended.get(name)
+    return {
+        "state": record.line(name).state.value,
+        "version": record.line(name).pending_version,
+        "last_version": ended.version if ended else "",
+        "outcome": ended.outcome if ended else "",
+        "reason": ended.reason.value if ended and ended.reason else "",
+        "message": ended.message if ended else "",
+        "hint": ended.hint if ended else "",
+    }
+
+
+def conditions(
+    lines: Mapping[str, LineRuntime],
+    sources: Mapping[str, SourceRuntime],
+    record: Record,
+    link: Mapping[str, Any],
+    words: LastWords,
+) -> list[dict[str, str]]:
+    """What a person should know and do something about; empty when all is well."""
+    found = []
+    for name, source in sources.items():
+        if source.state not in ("streaming", "ended"):
+            found.append(_condition("SourceStreaming", "False", source.state, f"source {name} is {source.state}"))
+    for name, runtime in lines.items():
+        if runtime.serving is None:
+            text = "publish and grant a release" if record.line(name).active is None else "see the log"
+            found.append(_condition("LineServing", "False", "no_release", f"line {name} serves nothing; {text}"))
+    if link["state"] not in ("connected", "offline by configuration"):
+        found.append(_condition("LinkConnected", "False", link.get("reason") or link["state"], link.get("message", "")))
+    device = words.now.get(DEVICE_LINE)
+    if device is not None and device.reason is not None:
+        found.append(_condition("MetadataFresh", "False", device.reason.value, device.message))
+    return found
+
+
+def event_facts(event: UpdateEvent) -> dict[str, Any]:
+    """An update event as telemetry: flat, without empty fields."""
+    facts: dict[str, Any] = {
+        "line": event.line,
+        "version": event.version,
+        "state": event.state,
+        "outcome": event.outcome,
+        "reason": event.reason.value if event.reason else None,
+        "message": event.message,
+        "attempt": event.attempt,
+    }
+    traffic = event.traffic
+    facts["traffic"] = {key: getattr(traffic, key) for key in traffic.__slots__}
+    if event.tested is not None:
+        facts["delegate"], facts["component"] = event.tested.delegate, event.tested.component
+        facts["p50_ms"], facts["p95_ms"] = round(event.tested.p50_ms, 3), round(event.tested.p95_ms, 3)
+    if event.probation is not None:
+        facts["probation"] = {
+            "inferences": event.probation.inferences,
+            "seconds": round(event.probation.seconds, 2),
+            "synthetic": event.probation.synthetic,
+        }
+    return {key: value for key, value in facts.items() if value not in (None, "")}
+
+
+def verdict_facts(line: str, version: str, verdicts: list[Verdict]) -> dict[str, Any]:
+    """Verdicts of one trial as telemetry: the choice first."""
+    ordered = [*rank(verdicts), *(v for v in verdicts if not v.passed)]
+    rows = [
+        {
+            "delegate": v.requested, "component": v.component, "min_ms": round(v.min_ms, 3),
+            "p50_ms": round(v.p50_ms, 3), "p95_ms": round(v.p95_ms, 3), "rss_bytes": v.rss_bytes,
+            "coverage": v.coverage, "runtime": v.runtime, "reason": v.reason, "message": v.message[:200],
+        }
+        for v in ordered
+    ]  # fmt: skip
+    return {"line": line, "version": version, "verdicts": rows}
+
+
+def _condition(kind: str, status: str, reason: str, message: str) -> dict[str, str]:
+    return {"type": kind, "status": status, "reason": reason, "message": message}

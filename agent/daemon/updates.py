@@ -1,0 +1,92 @@
+"""When to look for a release: on a hint, after connecting, every `poll_s`, and sooner after a failure worth repeating.
+
+What a look does is the updater's (`ota.client.updater`); this loop only decides the moments, one look at a time, and
+keeps the last word on each line for `status`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+from collections.abc import Awaitable, Callable
+
+from ota.client.ports import UpdateEvent
+from ota.errors import OtaError
+
+log = logging.getLogger(__name__)
+
+RETRY_S = (5.0, 600.0)
+
+
+class UpdateLoop:
+    """Runs `check` at the right moments.
+
+    Args:
+        check: one look for new releases; its events go elsewhere. True when something failed that may pass by itself.
+        online: whether a look can succeed at all.
+        poll_s: longest time between two looks.
+    """
+
+    def __init__(
+        self, check: Callable[[], Awaitable[bool]], online: Callable[[], bool], *, poll_s: float, rng: random.Random
+    ) -> None:
+        self._check = check
+        self._online = online
+        self._poll_s = poll_s
+        self._rng = rng
+        self._wake = asyncio.Event()
+        self._delayed: asyncio.TimerHandle | None = None
+        self._retry_s = RETRY_S[0]
+
+    def poke(self, spread_s: float = 0.0) -> None:
+        """Look soon: after a random part of `spread_s`, so that a fleet does not come all at once."""
+        delay_s = self._rng.uniform(0, spread_s) if spread_s > 0 else 0.0
+        if self._delayed is not None:
+            self._delayed.cancel()
+        self._delayed = asyncio.get_running_loop().call_later(delay_s, self._wake.set)
+
+    async def run(self) -> None:
+        """Look, wait, look again, until cancelled."""
+        wait_s = self._poll_s
+        while True:
+            try:
+                async with asyncio.timeout(wait_s):
+                    await self._wake.wait()
+            except TimeoutError:
+                pass
+            self._wake.clear()
+            if not self._online():
+                wait_s = self._poll_s
+                continue
+            wait_s = self._next(await self._look())
+
+    async def _look(self) -> bool:
+        try:
+            return await self._check()
+        except OtaError as e:
+            log.warning("looking for updates: %s", e.message, extra={"reason": e.reason.value, "hint": e.hint})
+            return True
+
+    def _next(self, failed: bool) -> float:
+        """Seconds to the next look: full jitter between failures, a tenth of spread between polls."""
+        if not failed:
+            self._retry_s = RETRY_S[0]
+            return self._poll_s * self._rng.uniform(0.9, 1.0)
+        wait_s = self._rng.uniform(self._retry_s / 2, self._retry_s)
+        self._retry_s = min(2 * self._retry_s, RETRY_S[1])
+        return min(wait_s, self._poll_s)
+
+
+class LastWords:
+    """The last update event of each line, and the last one that ended an update."""
+
+    def __init__(self) -> None:
+        self.now: dict[str, UpdateEvent] = {}
+        self.ended: dict[str, UpdateEvent] = {}
+
+    def add(self, event: UpdateEvent) -> None:
+        """Remember `event`; a look that found nothing new does not hide how the last update ended."""
+        self.now[event.line] = event
+        if event.outcome is not None and event.outcome != "up_to_date":
+            self.ended[event.line] = event

@@ -1,0 +1,128 @@
+"""The supervisor over the real worker host: asked, answered, hung, crashed, lost."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import pytest
+
+from agent import protocol
+from agent.daemon.supervisor import Exit, Supervisor, default_host_command
+from agent.errors import AgentError, Reason, WorkerError
+
+Body = Callable[[Supervisor], Awaitable[None]]
+
+
+@asynccontextmanager
+async def running(listen: Path | None = None) -> AsyncIterator[Supervisor]:
+    supervisor = Supervisor(listen=listen, host_command=default_host_command(), on_lost=lambda: None)
+    await supervisor.start()
+    try:
+        yield supervisor
+    finally:
+        await supervisor.stop()
+
+
+def run(body: Body) -> None:
+    async def main() -> None:
+        async with running() as supervisor:
+            await body(supervisor)
+
+    asyncio.run(main())
+
+
+def test_children_are_called_process_isolation() -> None:
+    async def body(supervisor: Supervisor) -> None:
+        await supervisor.spawn("transform")
+        assert supervisor.isolation == "process"
+
+    run(body)
+
+
+def test_a_refused_request_raises_the_workers_own_reason_and_leaves_it_alive() -> None:
+    async def body(supervisor: Supervisor) -> None:
+        worker = await supervisor.spawn("source")
+        message = protocol.OpenSource("s", "video", {"path": "/nonexistent.avi", "policy": "live", "loop": False})
+        with pytest.raises(AgentError) as caught:
+            await worker.request(message, protocol.SourceOpened, timeout_s=20)
+        assert caught.value.reason is Reason.SOURCE_MISSING
+        assert caught.value.hint
+        assert not worker.exited.done()
+
+    run(body)
+
+
+def test_a_worker_that_does_not_answer_is_killed_and_called_hung() -> None:
+    async def body(supervisor: Supervisor) -> None:
+        worker = await supervisor.spawn("transform")
+        worker_stopped = asyncio.Event()
+        worker.on_exit = lambda _: worker_stopped.set()
+        os.kill(worker.pid, signal.SIGSTOP)
+        with pytest.raises(WorkerError) as caught:
+            await worker.request(protocol.Transform("raw", 1), protocol.Transformed, timeout_s=0.3)
+        assert caught.value.reason is Reason.WORKER_HUNG
+        await asyncio.wait_for(worker_stopped.wait(), 5)
+
+    run(body)
+
+
+def test_a_worker_that_dies_while_it_is_asked_is_a_crash_that_names_the_signal() -> None:
+    async def body(supervisor: Supervisor) -> None:
+        worker = await supervisor.spawn("transform")
+        os.kill(worker.pid, signal.SIGSTOP)
+        request = asyncio.create_task(worker.request(protocol.Transform("raw", 1), protocol.Transformed, timeout_s=20))
+        await asyncio.sleep(0)
+        os.kill(worker.pid, signal.SIGSEGV)
+        os.kill(worker.pid, signal.SIGCONT)
+        with pytest.raises(AgentError) as caught:
+            await request
+        assert caught.value.reason is Reason.WORKER_CRASHED
+        assert "SIGSEGV" in caught.value.message
+        assert (await worker.exited).status == -signal.SIGSEGV
+
+    run(body)
+
+
+def test_when_the_host_dies_every_worker_is_reported_gone_and_a_new_host_serves() -> None:
+    async def body(supervisor: Supervisor) -> None:
+        worker = await supervisor.spawn("transform")
+        assert supervisor.host is not None
+        os.kill(supervisor.host.pid, signal.SIGKILL)
+        await asyncio.wait_for(worker.exited, 5)
+        again = await asyncio.wait_for(supervisor.spawn("transform"), 20)
+        assert again.pid > 0
+        assert again.pid != worker.pid
+
+    run(body)
+
+
+@pytest.mark.parametrize(
+    ("end", "reason"),
+    [
+        (Exit(-signal.SIGSEGV, "", False), Reason.WORKER_CRASHED),
+        (Exit(-signal.SIGKILL, "", False), Reason.WORKER_OUT_OF_MEMORY),
+        (Exit(-signal.SIGKILL, "", True), Reason.WORKER_CRASHED),
+        (Exit(-signal.SIGABRT, "what(): std::bad_alloc", False), Reason.WORKER_OUT_OF_MEMORY),
+        (Exit(1, "MemoryError", False), Reason.WORKER_OUT_OF_MEMORY),
+    ],
+)
+def test_an_exit_is_called_memory_or_crash(end: Exit, reason: Reason) -> None:
+    assert end.reason is reason
+
+
+def test_a_host_in_a_unit_that_is_not_there_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("agent.daemon.supervisor.HOST_TIMEOUT_S", 0.2)
+
+    async def main() -> None:
+        async with running(tmp_path / "worker.sock") as supervisor:
+            with pytest.raises(WorkerError) as caught:
+                await supervisor.spawn("transform")
+            assert caught.value.reason is Reason.WORKER_UNAVAILABLE
+            assert "edge-worker.service" in caught.value.message
+
+    asyncio.run(main())
