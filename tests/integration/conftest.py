@@ -1,0 +1,68 @@
+"""A whole fleet of one for each test: publisher, Mosquitto, block server and device as processes of their own."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.demo.fleet import PARTS, Fleet
+from tests.demo.observer import Observer
+from tests.fakes.broker import Broker
+
+CONFIG = """\
+state_dir = "state"
+run_dir = "run"
+[[source]]
+name = "belt"
+kind = "video"
+path = "{clip}"
+policy = "live"
+loop = true
+[[line]]
+name = "parts"
+source = "belt"
+explore = "never"
+[update]
+probation_scale = 0.002
+run_timeout_s = 3
+"""
+
+
+@pytest.fixture(scope="session")
+def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two seconds of the demo's clip."""
+    path = tmp_path_factory.mktemp("clip") / "clip.avi"
+    command = [sys.executable, str(PARTS / "clip.py"), str(path), "--seconds", "2", "--fps", "30"]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    return path
+
+
+@pytest.fixture
+def fleet(tmp_path: Path, clip: Path) -> Iterator[Fleet]:
+    """Release parts 1.0.0 published, device enrolled, broker and block server up, nothing granted, no daemon yet."""
+    if not Broker.available():
+        pytest.skip("mosquitto is not installed")
+    made = Fleet(tmp_path)
+    try:
+        made.make_repository()
+        made.release(PARTS / "1.0.0" / "spec.toml")
+        made.publish("parts", "1.0.0")
+        made.start_broker()
+        made.enroll(CONFIG.format(clip=clip))
+        made.start_server()
+        yield made
+    finally:
+        made.stop()
+
+
+@pytest.fixture
+def observer(fleet: Fleet) -> Iterator[Observer]:
+    """Hears what the device says."""
+    assert fleet.broker is not None
+    seen = Observer(fleet.keys, fleet.broker.port, fleet.tenant, fleet.device)
+    yield seen
+    seen.close()

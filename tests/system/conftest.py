@@ -1,0 +1,41 @@
+"""One container for all system tests; each test starts and stops the units it needs."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.system import tree
+from tests.system.device import Device, booted
+
+
+@pytest.fixture(scope="session")
+def machine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Device]:
+    """The booted container. Under CI=true a missing program is a failure, elsewhere a named skip."""
+    reason = tree.missing()
+    if reason:
+        if os.environ.get("CI") == "true":
+            pytest.fail(reason)
+        pytest.skip(reason)
+    shared = tree.ROOT.parent / "shared" / "data"
+    binds: dict[Path, str] = {shared: "/opt/shared-data"} if shared.is_dir() else {}
+    with tree.tree() as root, booted(root, tmp_path_factory.mktemp("container"), binds) as device:
+        yield device
+
+
+@pytest.fixture
+def device(machine: Device) -> Iterator[Device]:
+    """The container with both units stopped, without drop-ins and with an empty state directory, before and after."""
+    _clean(machine)
+    yield machine
+    _clean(machine)
+
+
+def _clean(machine: Device) -> None:
+    machine.run("systemctl", "stop", "edge-agent.service", "edge-worker.service")
+    machine.run("sh", "-c", "rm -rf /etc/systemd/system/edge-*.service.d /etc/edge-agent/* /var/lib/edge-agent/*")
+    machine.run("systemctl", "daemon-reload")
+    machine.run("systemctl", "reset-failed")
