@@ -1,32 +1,29 @@
 """`edge-agent`: what the device engineer and the technician type.
 
 Data goes to stdout, everything else to stderr; `--json` prints what a program can read. Each verb is a function from
-parsed arguments to an exit code. While the daemon runs, verbs go through its control socket.
+parsed arguments to an exit code. While the daemon runs, verbs go through its control socket. The daemon itself starts
+here too, so that what only some verbs need is imported by them.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
-import contextlib
-import http.client
 import json
 import os
-import socket
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from agent import __version__, config
-from agent.errors import AgentError, ConfigError, ControlError, Reason
+from agent.errors import AgentError, ConfigError, Reason
 from agent.errors import exit_code as agent_exit_code
 from ota.errors import OtaError
 from ota.errors import Reason as OtaReason
 from ota.errors import exit_code as ota_exit_code
 
 SIDELOAD_TIMEOUT_S = 3600.0
-CONTROL_TIMEOUT_S = 30.0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -74,7 +71,9 @@ def _run(args: argparse.Namespace) -> int:
 
 
 def _status(args: argparse.Namespace) -> int:
-    status = _control(config.load(args.config), "GET", "/modules" if args.modules else "/status")
+    from agent import client
+
+    status = client.ask(config.load(args.config), "GET", "/modules" if args.modules else "/status")
     if args.modules:
         return _answer(args, status)
     if args.json:
@@ -85,28 +84,36 @@ def _status(args: argparse.Namespace) -> int:
 
 
 def _metrics(args: argparse.Namespace) -> int:
-    sys.stdout.write(_control_text(config.load(args.config), "GET", "/metrics"))
+    from agent import client
+
+    sys.stdout.write(client.ask_text(config.load(args.config), "GET", "/metrics"))
     return 0
 
 
 def _check(args: argparse.Namespace) -> int:
-    return _answer(args, _control(config.load(args.config), "POST", "/check"))
+    from agent import client
+
+    return _answer(args, client.ask(config.load(args.config), "POST", "/check"))
 
 
 def _rollback(args: argparse.Namespace) -> int:
+    from agent import client
+
     loaded = config.load(args.config)
-    return _answer(args, _control(loaded, "POST", "/rollback", {"line": args.line}, timeout_s=SIDELOAD_TIMEOUT_S))
+    return _answer(args, client.ask(loaded, "POST", "/rollback", {"line": args.line}, timeout_s=SIDELOAD_TIMEOUT_S))
 
 
 def _sideload(args: argparse.Namespace) -> int:
+    from agent import client
+
     loaded = config.load(args.config)
     if not args.path.is_dir():
         raise ConfigError(
             Reason.BAD_USAGE, f"{args.path} is not a directory", hint="edge-ota bundle REPO DEVICE DIRECTORY makes one"
         )
     body = {"path": str(args.path.absolute())}
-    if _daemon_runs(loaded):
-        answer = _control(loaded, "POST", "/sideload", body, timeout_s=SIDELOAD_TIMEOUT_S)
+    if client.daemon_runs(loaded):
+        answer = client.ask(loaded, "POST", "/sideload", body, timeout_s=SIDELOAD_TIMEOUT_S)
     else:
         from agent import app, logs
 
@@ -224,82 +231,6 @@ def _graph(args: argparse.Namespace) -> tuple[Mapping[str, Any], Sequence[str]]:
         loaded = spec.load(args.spec, model=args.model)
     mine = [c for c in loaded.components if c.file.name == args.model.name]
     return loaded.graph, mine[0].outputs if mine else ()
-
-
-# --- talking to the daemon -------------------------------------------------------------------------------------------
-
-
-class _UnixConnection(http.client.HTTPConnection):
-    def __init__(self, path: Path, timeout_s: float) -> None:
-        super().__init__("localhost", timeout=timeout_s)
-        self._path = path
-
-    def connect(self) -> None:
-        self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        self.sock.settimeout(self.timeout)
-        self.sock.connect(str(self._path))
-
-
-def _control_text(
-    loaded: config.Config,
-    method: str,
-    path: str,
-    body: Mapping[str, Any] | None = None,
-    timeout_s: float = CONTROL_TIMEOUT_S,
-) -> str:
-    connection = _UnixConnection(loaded.control_socket, timeout_s)
-    try:
-        connection.request(method, path, json.dumps(body) if body is not None else None)
-        response = connection.getresponse()
-        text = response.read().decode()
-    except PermissionError as e:
-        raise ControlError(
-            Reason.DAEMON_UNREACHABLE, f"{loaded.control_socket}: permission denied", hint="use sudo"
-        ) from e
-    except (OSError, http.client.HTTPException) as e:
-        raise ControlError(
-            Reason.DAEMON_UNREACHABLE,
-            f"no daemon answers on {loaded.control_socket}",
-            hint="systemctl status edge-agent, or start it: edge-agent run",
-        ) from e
-    finally:
-        connection.close()
-    if response.status >= 400:
-        raise _control_error(text)
-    return text
-
-
-def _control(
-    loaded: config.Config,
-    method: str,
-    path: str,
-    body: Mapping[str, Any] | None = None,
-    timeout_s: float = CONTROL_TIMEOUT_S,
-) -> Any:
-    return json.loads(_control_text(loaded, method, path, body, timeout_s))
-
-
-def _control_error(text: str) -> AgentError | OtaError:
-    """The daemon's error, raised here as what it was there."""
-    try:
-        fields = json.loads(text)
-        reason, message, hint = fields["reason"], fields["message"], fields["hint"]
-    except (ValueError, KeyError, TypeError):
-        return ControlError(Reason.DAEMON_UNREACHABLE, "the daemon answered something else than JSON")
-    with contextlib.suppress(ValueError):
-        return OtaError(OtaReason(reason), message, hint=hint)
-    with contextlib.suppress(ValueError):
-        return ControlError(Reason(reason), message, hint=hint)
-    return ControlError(Reason.DAEMON_UNREACHABLE, f"{message} ({reason})", hint=hint)
-
-
-def _daemon_runs(loaded: config.Config) -> bool:
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
-        try:
-            sock.connect(str(loaded.control_socket))
-        except OSError:
-            return False
-    return True
 
 
 # --- printing --------------------------------------------------------------------------------------------------------

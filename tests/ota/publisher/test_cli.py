@@ -12,7 +12,18 @@ from typing import Any
 
 import pytest
 
-from ota.mqtt import Connected, Inbox, Mqtt, Received, Reconnect, ReconnectPolicy, Settings, Subscription, Tls
+from ota.mqtt import (
+    Connected,
+    Inbox,
+    Mqtt,
+    Received,
+    Reconnect,
+    ReconnectPolicy,
+    Settings,
+    Subscribed,
+    Subscription,
+    Tls,
+)
 from ota.publisher.cli import main
 from ota.publisher.repository import Repository
 from tests.fakes.broker import Broker, Identity
@@ -214,6 +225,7 @@ def test_a_device_enrolled_here_gets_the_hint_through_the_shipped_broker_configu
         mqtt.start()
         try:
             assert isinstance(inbox.get(5), Connected)
+            assert isinstance(inbox.get(5), Subscribed)
             release(place, "1.0.0")
             answer = run("publish", repo, "--broker", f"127.0.0.1:{broker.port}", "--spread", "30", "--json")
             assert (answer.status, answer.data["hinted"]) == (0, ["person"]), answer.err
