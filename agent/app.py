@@ -15,8 +15,10 @@ import random
 import secrets
 import signal
 import sys
+import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,14 +33,14 @@ from agent.daemon.hosting import ModelHost
 from agent.daemon.lines import LineRuntime
 from agent.daemon.link import Identity as LinkIdentity
 from agent.daemon.link import Link, LinkSettings, Orders
-from agent.daemon.lock import locked
+from agent.daemon.lock import become_owner, locked
 from agent.daemon.notify import Notifier
 from agent.daemon.selection import Verdict
 from agent.daemon.sources import SourceRuntime
 from agent.daemon.supervisor import Supervisor, default_host_command
 from agent.daemon.telemetry import Clocks, Telemetry
 from agent.daemon.topics import Topics
-from agent.daemon.updates import LastWords, UpdateLoop
+from agent.daemon.updates import LastWords, UpdateLoop, sideload
 from agent.errors import AgentError, ConfigError, ControlError, Reason
 from ota.client.fsops import Fs
 from ota.client.limits import Limits
@@ -54,6 +56,9 @@ TICK_S = 1.0
 METRICS_EVERY_TICKS = 10
 FPS_WINDOW_TICKS = 5
 SETTLE_S = 0.5
+EXIT_SOFTWARE = 70
+# without any of these the daemon only looks alive; it ends, and the service manager starts it again
+ESSENTIAL_TASKS = ("link", "tick", "updates")
 
 
 class Device:
@@ -110,6 +115,8 @@ class Device:
         self._updates = UpdateLoop(self._look, self._can_look, poll_s=config.update.poll_s, rng=self._rng)
         self._control = ControlServer(config.control_socket, self._routes())
         self._tasks: set[asyncio.Task[Any]] = set()
+        self._unsettled: dict[asyncio.TimerHandle, Callable[[], None]] = {}
+        self.failed = asyncio.Event()
         self._started = time.monotonic()
         self._history: dict[str, list[int]] = {name: [] for name in self._lines}
         self._process = psutil.Process()
@@ -142,13 +149,17 @@ class Device:
         self._notifier.send("STOPPING=1")
         link = [task for task in self._tasks if task.get_name() == "link"]
         others = [task for task in self._tasks if task not in link]
+        # requests first: a sideload must not mistake the end of the workers for a bad release
+        await self._control.stop()
         await _cancel(others)
         await asyncio.gather(*(line.stop() for line in self._lines.values()))
+        for handle, settle in list(self._unsettled.items()):
+            handle.cancel()
+            settle()
         await asyncio.gather(*(source.stop() for source in self._sources.values()))
         # last, so that what the others said while stopping still leaves
         await _cancel(link)
         await self._supervisor.stop()
-        await self._control.stop()
 
     async def sideload(self, path: Path) -> dict[str, Any]:
         """Install from a directory.
@@ -156,12 +167,7 @@ class Device:
         Raises:
             OtaError: nothing was installed, with the reason.
         """
-        events = await self._updater.sideload(path)
-        bad = [e for e in events if e.reason is not None]
-        if bad:
-            assert bad[0].reason is not None
-            raise OtaError(bad[0].reason, bad[0].message, hint=bad[0].hint)
-        return {e.line: f"{e.version} {e.outcome}".strip() for e in events if e.line != report.DEVICE_LINE}
+        return await sideload(self._updater, self._words, path, self._enrolment.device)
 
     def status(self) -> dict[str, Any]:
         """The status document."""
@@ -272,6 +278,8 @@ class Device:
         self._tasks.discard(task)
         if not task.cancelled() and (error := task.exception()) is not None:
             log.error("task %s ended: %r", task.get_name(), error, exc_info=error)
+            if task.get_name() in ESSENTIAL_TASKS:
+                self.failed.set()
 
     async def _resume(self, name: str) -> None:
         try:
@@ -315,11 +323,30 @@ class Device:
         if isinstance(command, Check):
             self._updates.poke()
         elif isinstance(command, Rollback):
-            if command.line not in self._lines:
-                raise ControlError(Reason.UNKNOWN_LINE, f"this device has no line {command.line!r}")
-            self._spawn(self._updater.rollback(command.line), f"rollback {command.line}")
+            self._check_rollback(command.line)
+            self._spawn(self._roll_back(command.line), f"rollback {command.line}")
         elif self.link is not None:
             self.link.report({**self._reported(), "asked": command.id})
+
+    def _check_rollback(self, line: object) -> str:
+        if not isinstance(line, str) or line not in self._lines:
+            raise ControlError(
+                Reason.UNKNOWN_LINE, f"this device has no line {line!r}", hint=f"lines: {', '.join(self._lines)}"
+            )
+        if self._updater.record.line(line).previous is None:
+            raise ControlError(
+                Reason.NO_PREVIOUS, f"{line} has no previous release", hint="edge-agent status shows what is installed"
+            )
+        return line
+
+    async def _roll_back(self, line: str) -> None:
+        """An operator's wish, accepted before it was known whether it can be fulfilled: what hinders it is told."""
+        try:
+            await self._updater.rollback(line)
+        except OtaError as e:
+            log.error("line %s: no rollback: %s", line, e.message, extra={"reason": e.reason.value, "hint": e.hint})
+            facts = {"line": line, "reason": e.reason.value, "message": e.message, "hint": e.hint}
+            self.telemetry.event("rollback_refused", facts, alarm=True)
 
     def _hint(self, hint: Hint, delay_s: float) -> None:
         asyncio.get_running_loop().call_later(delay_s, self._updates.poke)
@@ -336,17 +363,20 @@ class Device:
         self.telemetry.event("verdicts", report.verdict_facts(line, version, list(verdicts)))
 
     def _on_dropped(self, line: str, seqs: list[int], reason: str) -> None:
-        if reason != "worker_lost":
+        if reason not in ("worker_lost", "stopped"):
             self.telemetry.dropped(line, seqs, reason)
             return
 
         def settle() -> None:
-            """A worker may die between its answer and the return of the frame: then the answer counts."""
+            """A worker may be parted from the frame that it has answered, or answers yet: then the answer counts."""
+            self._unsettled.pop(handle, None)
             lost = [seq for seq in seqs if not self._lines[line].answered(seq)]
-            self.telemetry.dropped(line, lost, reason)
+            if lost:
+                self.telemetry.dropped(line, lost, reason)
 
-        # what the dead worker said before is on its way through another socket
-        asyncio.get_running_loop().call_later(SETTLE_S, settle)
+        # what the worker said is on its way through another socket
+        handle = asyncio.get_running_loop().call_later(SETTLE_S, settle)
+        self._unsettled[handle] = settle
 
     def _on_source_restarted(self, source: SourceRuntime) -> None:
         self.telemetry.event("source_restarted", {"source": source.config.name, "restarts": source.restarts})
@@ -370,15 +400,13 @@ class Device:
         return json_reply({"modules": sorted({name.partition(".")[0] for name in sys.modules})})
 
     async def _post_check(self, _: Mapping[str, Any]) -> Reply:
+        if self.link is not None:
+            self.link.retry_now()
         self._updates.poke()
         return json_reply({"state": "looking"})
 
     async def _post_rollback(self, fields: Mapping[str, Any]) -> Reply:
-        line = fields.get("line")
-        if not isinstance(line, str) or line not in self._lines:
-            raise ControlError(
-                Reason.UNKNOWN_LINE, f"this device has no line {line!r}", hint=f"lines: {', '.join(self._lines)}"
-            )
+        line = self._check_rollback(fields.get("line"))
         event = await self._updater.rollback(line)
         return json_reply({"line": line, "version": event.version, "outcome": event.outcome})
 
@@ -441,26 +469,27 @@ def run_daemon(config: Config, environment: Mapping[str, str], host_command: Seq
         AgentError: it cannot start.
     """
 
-    async def serve() -> None:
+    async def serve() -> int:
         device = Device(config, environment, host_command=host_command)
         stop = asyncio.Event()
         for number in (signal.SIGTERM, signal.SIGINT):
             asyncio.get_running_loop().add_signal_handler(number, stop.set)
         starting = asyncio.create_task(device.start(), name="start")
         stopping = asyncio.create_task(stop.wait(), name="stop")
-        await asyncio.wait((starting, stopping), return_when=asyncio.FIRST_COMPLETED)
+        failing = asyncio.create_task(device.failed.wait(), name="failed")
+        await asyncio.wait((starting, stopping, failing), return_when=asyncio.FIRST_COMPLETED)
         try:
             if starting.done():
                 starting.result()
-                await stopping
+                await asyncio.wait((stopping, failing), return_when=asyncio.FIRST_COMPLETED)
         finally:
-            await _cancel([starting])
+            await _cancel([starting, stopping, failing])
             await device.stop()
+        return EXIT_SOFTWARE if device.failed.is_set() else 0
 
     os.umask(0o077)
     with locked(config.state_dir):
-        asyncio.run(serve())
-    return 0
+        return asyncio.run(serve())
 
 
 def sideload_once(config: Config, environment: Mapping[str, str], path: Path) -> dict[str, Any]:
@@ -470,8 +499,8 @@ def sideload_once(config: Config, environment: Mapping[str, str], path: Path) ->
         AgentError, OtaError: nothing was installed.
     """
 
-    async def once() -> dict[str, Any]:
-        device = Device(config, environment, online=False)
+    async def once(own: Config) -> dict[str, Any]:
+        device = Device(own, environment, online=False)
         try:
             await device.start()
             return await device.sideload(path)
@@ -479,8 +508,10 @@ def sideload_once(config: Config, environment: Mapping[str, str], path: Path) ->
             await device.stop()
 
     os.umask(0o077)
-    with locked(config.state_dir):
-        return asyncio.run(once())
+    become_owner(config.state_dir)
+    # the service's run directory went with it, and the workers' unit waits for a daemon there
+    with locked(config.state_dir), tempfile.TemporaryDirectory(prefix="edge-sideload-") as run_dir:
+        return asyncio.run(once(replace(config, workers="process", run_dir=Path(run_dir))))
 
 
 def main() -> int:

@@ -14,13 +14,12 @@ import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from agent import __version__, config
 from agent.errors import AgentError, ConfigError, Reason
 from agent.errors import exit_code as agent_exit_code
 from ota.errors import OtaError
-from ota.errors import Reason as OtaReason
 from ota.errors import exit_code as ota_exit_code
 
 SIDELOAD_TIMEOUT_S = 3600.0
@@ -29,11 +28,12 @@ SIDELOAD_TIMEOUT_S = 3600.0
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
     parser = _parser()
-    args = parser.parse_args(argv)
-    if not hasattr(args, "verb"):
-        parser.print_help(sys.stderr)
-        return 64
+    args = argparse.Namespace()
     try:
+        args = parser.parse_args(argv)
+        if not hasattr(args, "verb"):
+            parser.print_help(sys.stderr)
+            return agent_exit_code(Reason.BAD_USAGE)
         verb: Callable[[argparse.Namespace], int] = args.verb
         return verb(args)
     except AgentError as e:
@@ -117,7 +117,7 @@ def _sideload(args: argparse.Namespace) -> int:
     else:
         from agent import app, logs
 
-        logs.set_up("WARNING")
+        logs.set_up("ERROR")  # how the update ended is this command's answer
         answer = app.sideload_once(loaded, os.environ, args.path.absolute())
     return _answer(args, answer)
 
@@ -126,17 +126,20 @@ def _enroll(args: argparse.Namespace) -> int:
     from agent.daemon import enroll, keys
 
     loaded = config.load(args.config)
+    custody = keys.FileKeys(loaded.state_dir / "keys")
     try:
-        own = keys.FileKeys(loaded.state_dir / "keys").create()
         if args.bundle is not None:
-            done = enroll.install(args.bundle.read_bytes(), own, loaded.state_dir)
+            done = enroll.install(enroll.read(args.bundle), custody.load(), loaded.state_dir)
             return _answer(args, {"device": done.device, "tenant": done.tenant, "broker": f"{done.host}:{done.port}"})
-        request = enroll.request(args.device, own)
+        request = enroll.request(enroll.check_device(args.device), custody.create())
         if args.out is None:
             sys.stdout.write(request.decode())
         else:
             args.out.write_bytes(request)
-            print(f"wrote {args.out}; next: edge-ota enroll REPO {args.out.name}", file=sys.stderr)
+            print(
+                f"wrote {args.out}; next: edge-ota enroll REPO {args.out.name} --broker HOST:PORT --out bundle.json",
+                file=sys.stderr,
+            )
     except OSError as e:
         raise ConfigError(
             Reason.STATE_UNWRITABLE,
@@ -147,17 +150,13 @@ def _enroll(args: argparse.Namespace) -> int:
 
 
 def _config_check(args: argparse.Namespace) -> int:
-    from agent import profile
+    from agent import profile, workbench
 
     loaded = config.load(args.config)
     chosen = profile.recognise(loaded.profile, profile.load_all())
     for source in loaded.sources:
-        if not Path(source.options["path"]).exists():
-            raise ConfigError(
-                Reason.SOURCE_MISSING,
-                f"source {source.name}: {source.options['path']} does not exist",
-                hint="mend path",
-            )
+        opened = asyncio.run(workbench.probe(source))
+        print(f"source {source.name}: {opened.width}x{opened.height} at {opened.fps:g} fps")
     print(f"{args.config}: {len(loaded.sources)} sources, {len(loaded.lines)} lines, profile {chosen.name}")
     return 0
 
@@ -186,18 +185,20 @@ def _infer(args: argparse.Namespace) -> int:
 
     delegates = workbench.delegates_for(workbench.format_of(args.model), _ladder(args, profile))
     graph, outputs = _graph(args)
-    error: AgentError | None = None
+    failed: list[tuple[str, AgentError]] = []
     for delegate in delegates:
         try:
             loaded, result = asyncio.run(workbench.infer(args.model, args.image, delegate, graph, outputs))
         except AgentError as e:
-            if e.reason is not Reason.RUNTIME_MISSING or args.delegate:
+            if e.reason not in workbench.ANOTHER_MAY_RUN_IT:
                 raise
-            error = e
+            failed.append((delegate, e))
             continue
+        for name, error in failed:
+            print(f"note: not on {name}: {_printable(error.message)} [{error.reason.value}]", file=sys.stderr)
         _print_inference(args, loaded.actual, result.stages_us, result.items)
         return 0
-    raise error or AgentError(Reason.NO_DELEGATE, f"no delegate takes {args.model.name}", hint="see --delegate")
+    raise workbench.none_runs(args.model, [error for _, error in failed])
 
 
 def _ladder(args: argparse.Namespace, profile: Any) -> Sequence[str]:
@@ -222,13 +223,8 @@ def _graph(args: argparse.Namespace) -> tuple[Mapping[str, Any], Sequence[str]]:
         return workbench.DEFAULT_GRAPH, []
     from ota.publisher import spec
 
-    try:
-        loaded = spec.load(args.spec)
-    except OtaError as e:
-        # a spec that lists no components is one for `edge-ota release --from MODEL`
-        if e.reason is not OtaReason.BAD_SPEC:
-            raise
-        loaded = spec.load(args.spec, model=args.model)
+    # a spec that lists no components is one for `edge-ota release --from MODEL`
+    loaded = spec.load(args.spec, model=None if spec.lists_components(args.spec) else args.model)
     mine = [c for c in loaded.components if c.file.name == args.model.name]
     return loaded.graph, mine[0].outputs if mine else ()
 
@@ -251,7 +247,8 @@ def _print_status(status: Mapping[str, Any]) -> None:
     print(f"isolation  {status['isolation']}")
     print(f"custody    {status['custody']['kind']}: {status['custody']['worth']}")
     link = status["link"]
-    print(f"link       {link['state']} {link['broker']} {_printable(link['message'])}")
+    detail = link["message"] or link["broker"]
+    print(f"link       {link['state']} {_printable(detail)}")
     for name, source in status["sources"].items():
         print(f"source     {name}  {source['state']}  {source['frames']} frames {_printable(source['detail'])}")
     for name, line in status["lines"].items():
@@ -301,8 +298,16 @@ def _print_inference(args: argparse.Namespace, delegate: str, stages_us: Sequenc
 # --- arguments -------------------------------------------------------------------------------------------------------
 
 
+class _Parser(argparse.ArgumentParser):
+    """A wrong command line is an error like any other."""
+
+    def error(self, message: str) -> NoReturn:
+        """See `argparse`."""
+        raise ConfigError(Reason.BAD_USAGE, message, hint=f"{self.prog} --help")
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="edge-agent", description="Runs signed, encrypted models on this device.")
+    parser = _Parser(prog="edge-agent", description="Runs signed, encrypted models on this device.")
     parser.add_argument("--version", action="version", version=f"edge-agent {__version__}")
     verbs = parser.add_subparsers(metavar="COMMAND")
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from agent.errors import ConfigError, Reason
+from agent.profile import DELEGATES
 from ota.release import LINE_PATTERN
 
 DEFAULT_PATH = Path("/etc/edge-agent/agent.toml")
@@ -197,7 +198,7 @@ def _line(table: _Table) -> LineConfig:
         source=table.text("source", None),
         threads=int(table.number("threads", 1, 1, 64)),
         explore=table.choice("explore", "unmetered", ("never", "unmetered", "always")),
-        delegates=table.texts("delegates"),
+        delegates=table.choices("delegates", tuple(DELEGATES)),
     )
     table.finish()
     return line
@@ -219,6 +220,9 @@ class _Table:
         self._known.add(key)
         value = self._data.get(key, default)
         if value is None:
+            # a misspelt key explains a missing one
+            for near in difflib.get_close_matches(key, [k for k in self._data if k not in self._known], n=1):
+                raise self.bad(f"unknown key {near!r}", f"did you mean {key!r}?")
             raise self.bad(f"{key} is missing", f"add {key} = …, {what}")
         if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
             raise self.bad(f"{key} = {value!r} is not {what}", "see docs/reference/config.md")
@@ -227,10 +231,11 @@ class _Table:
     def text(self, key: str, default: str | None) -> str:
         return str(self._get(key, default, (str,), "a text"))
 
-    def texts(self, key: str) -> tuple[str, ...]:
+    def choices(self, key: str, allowed: tuple[str, ...]) -> tuple[str, ...]:
         value = self._get(key, [], (list,), "a list of texts")
-        if not all(isinstance(item, str) for item in value):
-            raise self.bad(f"{key} is not a list of texts", "see docs/reference/config.md")
+        for item in value:
+            if item not in allowed:
+                raise self.bad(f"{key}: {item!r} is not one of {', '.join(allowed)}", _nearest(str(item), allowed))
         return tuple(value)
 
     def flag(self, key: str, default: bool) -> bool:

@@ -18,7 +18,6 @@ class Reason(str, enum.Enum):
     BAD_USAGE = "bad_usage"
     SOURCE_MISSING = "source_missing"
     SOURCE_UNREADABLE = "source_unreadable"
-    SOURCE_STALE = "source_stale"
     RUNTIME_MISSING = "runtime_missing"
     UNKNOWN_DELEGATE = "unknown_delegate"
     UNKNOWN_FORMAT = "unknown_format"
@@ -32,7 +31,6 @@ class Reason(str, enum.Enum):
     WORKER_HUNG = "worker_hung"
     WORKER_OUT_OF_MEMORY = "worker_out_of_memory"
     WORKER_UNAVAILABLE = "worker_unavailable"
-    TRANSFORM_FAILED = "transform_failed"
     NO_DELEGATE = "no_delegate"
     OVER_BUDGET = "over_budget"
     KEY_UNSAFE = "key_unsafe"
@@ -103,6 +101,7 @@ _EXIT = {
     Reason.BAD_PROFILE: 78,
     Reason.NOT_ENROLLED: 78,
     Reason.BAD_USAGE: 64,
+    Reason.UNKNOWN_DELEGATE: 64,
     Reason.BAD_BUNDLE: 65,
     Reason.IMAGE_UNREADABLE: 65,
     Reason.MODEL_UNLOADABLE: 65,

@@ -11,6 +11,7 @@ from __future__ import annotations
 import array
 import dataclasses
 import json
+import math
 import os
 import socket
 import struct
@@ -325,6 +326,11 @@ _TYPES: dict[str, tuple[type, ...]] = {
     "list[Any]": (list,),
     "list[int]": (),
 }
+# Messages that bring descriptors; those of every other message are closed unread.
+_BRING_DESCRIPTORS = (
+    Spawn, SourceOpened, AttachReader, LoadModel, RunGolden, RunImage, AttachRing, Transform, Transformed,
+)  # fmt: skip
+_INT64 = 1 << 63
 _FIELDS: dict[str, dict[str, str]] = {
     name: {f.name: str(f.type) for f in dataclasses.fields(cls)} for name, cls in MESSAGES.items()
 }
@@ -375,23 +381,35 @@ def decode(data: bytes) -> Any:
     """The message in `data`.
 
     Raises:
-        AgentError: `bad_message` for anything but a known message with exactly its fields and types.
+        AgentError: `bad_message` for anything but a known message with exactly its fields and types, its integers
+            within 64 bits, its floats finite, all text within UTF-8. What a dict or a list[Any] holds is for its reader
+            to check.
     """
     try:
         body = json.loads(data)
         name = body.pop("t")
         wanted = _FIELDS[name]
+        if b"\\ud" in data.lower():  # half a surrogate pair would only fail where it is sent on
+            json.dumps(body, ensure_ascii=False).encode()
     except (ValueError, RecursionError, KeyError, AttributeError, TypeError) as e:
         raise AgentError(Reason.BAD_MESSAGE, f"not a message: {data[:60]!r}") from e
     if body.keys() != wanted.keys():
         raise AgentError(Reason.BAD_MESSAGE, f"{name} has fields {sorted(body)[:20]}")
     for key, value in body.items():
         kind = wanted[key]
-        if kind == "list[int]" and isinstance(value, list) and all(type(item) is int for item in value):
+        if kind == "list[int]" and isinstance(value, list) and all(_is_int64(item) for item in value):
             continue
-        if not isinstance(value, _TYPES[kind]) or (kind in ("int", "float") and isinstance(value, bool)):
+        if not isinstance(value, _TYPES[kind]) or (kind in ("int", "float") and not _is_number(value)):
             raise AgentError(Reason.BAD_MESSAGE, f"{name}.{key} is not {kind}")
     return MESSAGES[name](**body)
+
+
+def _is_int64(value: object) -> bool:
+    return type(value) is int and -_INT64 <= value < _INT64
+
+
+def _is_number(value: object) -> bool:
+    return _is_int64(value) or (type(value) is float and math.isfinite(value))
 
 
 def send(sock: socket.socket, message: Any, fds: tuple[int, ...] = ()) -> None:
@@ -428,6 +446,8 @@ def receive(sock: socket.socket) -> Packet | None:
     except AgentError:
         packet.close()
         raise
+    if not isinstance(packet.message, _BRING_DESCRIPTORS):
+        packet.close()
     return packet
 
 

@@ -9,6 +9,7 @@ import asyncio
 import contextlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -17,10 +18,11 @@ from pathlib import Path
 from typing import Any
 
 from agent import memfd, protocol
-from agent.config import UpdateConfig
-from agent.daemon.selection import Verdict
-from agent.daemon.supervisor import Supervisor, Worker, default_host_command
+from agent.config import SourceConfig, UpdateConfig
+from agent.daemon.selection import Verdict, failure
+from agent.daemon.supervisor import Supervisor, default_host_command
 from agent.daemon.trials import Subject, TrialRunner
+from agent.daemon.worker import Worker
 from agent.errors import AgentError, ModelError, Reason
 from agent.profile import DELEGATES
 from ota.release import Budgets
@@ -30,6 +32,15 @@ LIMITS = UpdateConfig(
     poll_s=3600, probation_s=0, probation_results=1, probation_scale=1, load_timeout_s=60, run_timeout_s=30,
     trial_memory_mb=4096, metered=False,
 )  # fmt: skip
+# what one delegate makes of a model says nothing about the next
+ANOTHER_MAY_RUN_IT = (
+    Reason.RUNTIME_MISSING,
+    Reason.MODEL_UNLOADABLE,
+    Reason.WORKER_CRASHED,
+    Reason.WORKER_OUT_OF_MEMORY,
+    Reason.DELEGATE_FELL_BACK,
+)
+_OTHERS = "leave --delegate out to try all that take this format"
 DEFAULT_GRAPH: dict[str, Any] = {
     "task": "raw",
     "labels": [],
@@ -66,12 +77,14 @@ async def bench(model: Path, ladder: Sequence[str], graph: Mapping[str, Any], ou
 
     Raises:
         ModelError: the file is missing or of an unknown format.
-        AgentError: no worker can be started.
+        AgentError: `no_delegate` when none of `ladder` takes its format; no worker can be started.
     """
     model_format = format_of(model)
     delegates = delegates_for(model_format, ladder)
+    if not delegates:
+        raise none_runs(model, ())
     async with _supervisor() as supervisor:
-        specs = await _specs(supervisor, model, delegates, outputs)
+        specs = await _specs(supervisor, model, outputs)
         subject = Subject(
             load=lambda component, delegate: _load_message(component, model_format, delegate, graph, specs),
             open=lambda _: asyncio.to_thread(_open, model),
@@ -80,6 +93,24 @@ async def bench(model: Path, ladder: Sequence[str], graph: Mapping[str, Any], ou
             budgets=Budgets(None, None),
         )
         return await TrialRunner(supervisor, LIMITS).run(subject, [(model.name, name) for name in delegates])
+
+
+async def probe(source: SourceConfig) -> protocol.SourceOpened:
+    """Open `source` once in a process of its own, as the daemon would.
+
+    Raises:
+        AgentError: whatever the source's process refuses, the name of the source in front.
+    """
+    async with _supervisor() as supervisor:
+        worker = await supervisor.spawn("source")
+        message = protocol.OpenSource(source.name, source.kind, dict(source.options))
+        try:
+            packet = await worker.request(message, protocol.SourceOpened, timeout_s=LIMITS.load_timeout_s)
+        except AgentError as e:
+            raise type(e)(e.reason, f"source {source.name}: {e.message}", hint=e.hint) from e
+        opened: protocol.SourceOpened = packet.message
+        packet.close()
+        return opened
 
 
 async def infer(
@@ -95,7 +126,7 @@ async def infer(
     if not image.is_file():
         raise ModelError(Reason.IMAGE_UNREADABLE, f"{image} does not exist", hint="name a PNG or JPEG file")
     async with _supervisor() as supervisor:
-        specs = await _specs(supervisor, model, [delegate], outputs)
+        specs = await _specs(supervisor, model, outputs)
         worker = await supervisor.spawn("model")
         loaded = await _load(worker, model, _load_message(model.name, model_format, delegate, graph, specs))
         with _closing(os.open(image, os.O_RDONLY | os.O_CLOEXEC)) as fd:
@@ -120,6 +151,21 @@ def describe(
         ModelError: `model_unloadable` and the like, as the worker says.
     """
     folder = Path(tempfile.mkdtemp(prefix="edge-describe-"))
+    try:
+        _describe(folder, models, outputs, graph, images)
+    except BaseException:
+        shutil.rmtree(folder)
+        raise
+    return folder
+
+
+def _describe(
+    folder: Path,
+    models: Mapping[str, Path],
+    outputs: Mapping[str, Sequence[str]],
+    graph: Mapping[str, Any],
+    images: Sequence[bytes] | None,
+) -> None:
     paths = []
     for number, image in enumerate(images or ()):
         path = folder / f"image_{number}"
@@ -134,16 +180,21 @@ def describe(
         request["images"] = paths
     (folder / "request.json").write_text(json.dumps(request))
     command = [sys.executable, "-m", "agent.worker.main", "describe"]
-    done = subprocess.run(
-        [*command, "--request", str(folder / "request.json"), "--out", str(folder)],
-        capture_output=True, text=True, timeout=LIMITS.load_timeout_s * max(1, len(models)), check=False,
-    )  # fmt: skip
+    names, limit_s = ", ".join(models), LIMITS.load_timeout_s * max(1, len(models))
+    try:
+        done = subprocess.run(
+            [*command, "--request", str(folder / "request.json"), "--out", str(folder)],
+            capture_output=True, text=True, timeout=limit_s, check=False,
+        )  # fmt: skip
+    except subprocess.TimeoutExpired as e:
+        raise ModelError(
+            Reason.WORKER_HUNG, f"{names}: no answer of the runtime in {limit_s:g} s", hint="check the file's export"
+        ) from e
     if done.returncode != 0:
-        raise _describe_error(done)
-    return folder
+        raise _describe_error(done, names)
 
 
-def _describe_error(done: subprocess.CompletedProcess[str]) -> ModelError:
+def _describe_error(done: subprocess.CompletedProcess[str], names: str) -> ModelError:
     """The fault that the describing worker printed as JSON on its last line, or how it died."""
     last = (done.stderr.strip().splitlines() or [""])[-1]
     try:
@@ -152,7 +203,9 @@ def _describe_error(done: subprocess.CompletedProcess[str]) -> ModelError:
     except (ValueError, KeyError, TypeError):
         how = f"died with signal {-done.returncode}" if done.returncode < 0 else f"ended with {done.returncode}"
         return ModelError(
-            Reason.MODEL_UNLOADABLE, f"the runtime {how} on this model: {last[:200]}", hint="check the file's export"
+            Reason.MODEL_UNLOADABLE,
+            f"{names}: the runtime {how}",
+            hint=f"check the file's export; the runtime's last words: {last[:200]}",
         )
 
 
@@ -190,18 +243,17 @@ async def _load(worker: Worker, model: Path, message: protocol.LoadModel) -> pro
     return loaded
 
 
-async def _specs(supervisor: Supervisor, model: Path, delegates: Sequence[str], outputs: Sequence[str]) -> _Specs:
-    """Tensor specs with the outputs in the order of `outputs`, from the first delegate that loads the model; nothing
-    where no order is asked for."""
-    if not outputs:
-        return [], []
-    for delegate in delegates:
+async def _specs(supervisor: Supervisor, model: Path, outputs: Sequence[str]) -> _Specs:
+    """Tensor specs with the outputs in the order of `outputs`, or the model's own, from the first runtime that loads
+    it. Like a release they come from the one that knows the format best: OpenVINO hides what an int8 tensor stands for.
+    Nothing where none loads it; whoever runs it will say why."""
+    for delegate in delegates_for(format_of(model), tuple(DELEGATES)):
         worker = await supervisor.spawn("trial")
         try:
             message = _load_message(model.name, format_of(model), delegate, DEFAULT_GRAPH, ([], []))
             loaded = await _load(worker, model, message)
         except AgentError as e:
-            if e.reason is Reason.RUNTIME_MISSING and delegate != delegates[-1]:
+            if e.reason in ANOTHER_MAY_RUN_IT:
                 continue
             raise
         finally:
@@ -212,7 +264,7 @@ async def _specs(supervisor: Supervisor, model: Path, delegates: Sequence[str], 
             raise ModelError(
                 Reason.MODEL_SHAPE, f"{model.name} has no output {missing[0]!r}", hint=f"it has {', '.join(by_name)}"
             )
-        return loaded.inputs, [by_name[name] for name in outputs]
+        return loaded.inputs, [by_name[name] for name in outputs] if outputs else loaded.outputs
     return [], []
 
 
@@ -232,6 +284,13 @@ def _load_message(
     )
 
 
+def none_runs(model: Path, errors: Sequence[AgentError]) -> AgentError:
+    """Why no delegate ran `model`: the first error that is about the model, not about a missing runtime."""
+    if not errors:
+        return AgentError(Reason.NO_DELEGATE, f"the delegate asked for takes no {model.suffix} files", hint=_OTHERS)
+    return next((error for error in errors if error.reason is not Reason.RUNTIME_MISSING), errors[0])
+
+
 def best_delegate(verdicts: Sequence[Verdict]) -> str:
     """The fastest that passed.
 
@@ -240,6 +299,10 @@ def best_delegate(verdicts: Sequence[Verdict]) -> str:
     """
     passed = [v for v in verdicts if v.passed]
     if not passed:
-        first = verdicts[0].message if verdicts else "no delegate takes this format"
-        raise AgentError(Reason.NO_DELEGATE, f"no delegate runs this model: {first}", hint="pip install '.[all]'")
+        missing = all(v.reason == Reason.RUNTIME_MISSING.value for v in verdicts)
+        raise AgentError(
+            Reason.NO_DELEGATE,
+            f"no delegate runs this model: {failure(verdicts).message}",
+            hint="pip install 'edge-runtime-agent[all]'" if missing else "check how the file was exported",
+        )
     return min(passed, key=lambda v: v.min_ms).requested

@@ -21,7 +21,6 @@ class Reason(str, enum.Enum):
     METADATA_MISMATCH = "metadata_mismatch"
     METADATA_TOO_LARGE = "metadata_too_large"
     NOT_FOUND = "not_found"
-    ROOT_UNREACHABLE = "root_unreachable"
     SOURCE_UNREACHABLE = "source_unreachable"
     TRANSFER_TIMEOUT = "transfer_timeout"
     TRANSFER_CORRUPT = "transfer_corrupt"
@@ -70,6 +69,7 @@ class Reason(str, enum.Enum):
     RELEASE_EXISTS = "release_exists"
     DEVICE_EXISTS = "device_exists"
     BAD_REQUEST = "bad_request"
+    BAD_USAGE = "bad_usage"
 
 
 class OtaError(Exception):
@@ -120,6 +120,7 @@ class PublishError(OtaError):
 
 # Exit codes shared by the two commands: sysexits where one fits, so that shell scripts can tell classes apart.
 _EXIT = {
+    "usage": 64,
     "bad_input": 65,
     "missing": 66,
     "unavailable": 69,
@@ -129,6 +130,7 @@ _EXIT = {
     "refused": 77,
 }
 _EXIT_CLASS = {
+    Reason.BAD_USAGE: "usage",
     Reason.BAD_JSON: "bad_input",
     Reason.BAD_RELEASE: "bad_input",
     Reason.BAD_SPEC: "bad_input",
@@ -139,7 +141,6 @@ _EXIT_CLASS = {
     Reason.UNKNOWN_DEVICE: "missing",
     Reason.UNKNOWN_RELEASE: "missing",
     Reason.KEY_MISSING: "missing",
-    Reason.ROOT_UNREACHABLE: "unavailable",
     Reason.SOURCE_UNREACHABLE: "unavailable",
     Reason.BROKER_UNREACHABLE: "unavailable",
     Reason.BROKER_TLS: "unavailable",

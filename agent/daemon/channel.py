@@ -32,6 +32,8 @@ class Channel:
         self._on_closed = on_closed
         self._loop = asyncio.get_running_loop()
         self._open = True
+        self.nonsense = False
+        """Whether this end closed it because the other spoke nonsense."""
         self._loop.add_reader(sock, self._readable)
 
     @property
@@ -61,9 +63,16 @@ class Channel:
             self._loop.remove_reader(self._sock)
             self._sock.close()
 
+    def drain(self) -> None:
+        """Take what a peer that ended left behind, as far as an honest one's socket buffer can hold."""
+        self._take(1024)
+
     def _readable(self) -> None:
         # a burst is read in one turn, a flood leaves the loop to others after 32 messages
-        for _ in range(32):
+        self._take(32)
+
+    def _take(self, most: int) -> None:
+        for _ in range(most):
             if not self._open:
                 return
             try:
@@ -71,6 +80,7 @@ class Channel:
             except BlockingIOError:
                 return
             except AgentError as e:
+                self.nonsense = True
                 self._end(e.message)
                 return
             except OSError as e:

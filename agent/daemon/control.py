@@ -14,7 +14,6 @@ from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 import h11
 
@@ -27,6 +26,7 @@ log = logging.getLogger(__name__)
 MAX_BODY_BYTES = 16 * 1024
 READ_BYTES = 8192
 REQUEST_TIMEOUT_S = 10.0
+MAX_CONNECTIONS = 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +58,7 @@ class ControlServer:
         self._path = path
         self._routes = routes
         self._server: asyncio.Server | None = None
+        self._talking: set[asyncio.Task[Any]] = set()
 
     async def start(self) -> None:
         """Listen; a stale socket file is replaced.
@@ -77,13 +78,29 @@ class ControlServer:
             ) from e
 
     async def stop(self) -> None:
-        """Stop listening and remove the socket."""
+        """Stop listening, remove the socket, and cancel what is being answered."""
         if self._server is not None:
             self._server.close()
             with contextlib.suppress(FileNotFoundError):
                 self._path.unlink()
+        for task in self._talking:
+            task.cancel()
+        await asyncio.gather(*self._talking, return_exceptions=True)
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task = asyncio.current_task()
+        if task is None or len(self._talking) >= MAX_CONNECTIONS:
+            writer.close()
+            return
+        self._talking.add(task)
+        try:
+            await self._talk(reader, writer)
+        except asyncio.CancelledError:
+            return  # its end either way; the streams of Python 3.11 report a cancelled one as an accident
+        finally:
+            self._talking.discard(task)
+
+    async def _talk(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         connection = h11.Connection(h11.SERVER, max_incomplete_event_size=MAX_BODY_BYTES)
         try:
             while True:
@@ -91,11 +108,15 @@ class ControlServer:
                     request, body = await _read(connection, reader)
                 reply = await self._answer(request, body)
                 _write(connection, writer, reply)
-                await writer.drain()
+                async with asyncio.timeout(REQUEST_TIMEOUT_S):
+                    await writer.drain()
                 if connection.our_state is not h11.DONE or connection.their_state is not h11.DONE:
                     return
                 connection.start_next_cycle()
-        except (TimeoutError, ConnectionError, EOFError):
+        except TimeoutError:
+            # closing would wait for ever for a peer that does not read
+            writer.transport.abort()
+        except (ConnectionError, EOFError, h11.LocalProtocolError):
             return
         except h11.RemoteProtocolError as e:
             if connection.our_state in (h11.IDLE, h11.SEND_RESPONSE):
@@ -104,7 +125,7 @@ class ControlServer:
             writer.close()
 
     async def _answer(self, request: h11.Request, body: bytes) -> Reply:
-        path = urlsplit(request.target.decode("ascii", "replace")).path
+        path = request.target.decode("ascii", "replace").partition("?")[0]
         route = self._routes.get(f"{request.method.decode()} {path}")
         if route is None:
             return _error(Reason.BAD_USAGE.value, f"no such resource: {path[:100]}", "", 404)

@@ -12,6 +12,7 @@ import logging
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from agent.config import Config
@@ -33,6 +34,7 @@ TRANSFORM_TIMEOUT_S = 120.0
 PROBATION_TICK_S = 0.1
 MAX_PROBATION_CRASHES = 2
 SYNTHETIC_BEATS = 3
+MAX_KEPT_VERDICTS = 32
 MAX_VERDICTS_BYTES = 1 << 20
 
 # what a worker's fault means for the release under trial; all else is the device's own trouble
@@ -80,8 +82,12 @@ class ModelHost:
         self._activated_at: dict[str, float] = {}
 
     def verdicts(self, line: str) -> list[Verdict]:
-        """Every verdict of the last trial of `line`; empty before the first."""
-        return self._verdicts.get(line, [])
+        """The last verdicts on every component of `line`; empty before the first trial."""
+        kept = self._verdicts.get(line, [])
+        newest: dict[str, str] = {}
+        for verdict in kept:
+            newest.setdefault(verdict.component, verdict.model)
+        return [v for v in kept if v.model == newest[v.component]]
 
     async def choose(self, release: Release) -> Choice:
         """See `ota.client.ports.Host.choose`."""
@@ -106,6 +112,8 @@ class ModelHost:
                 self._supervisor, codec, out_length, payload_fd, base_fd, timeout_s=TRANSFORM_TIMEOUT_S
             )
         except AgentError as e:
+            if e.reason is AgentReason.WORKER_UNAVAILABLE:
+                raise _busy(e) from e
             if e.reason in _REJECTIONS:
                 raise Rejected(_REJECTIONS[e.reason], e.message, hint=e.hint) from e
             reason = Reason.DELTA_CORRUPT if base_fd is not None else Reason.PAYLOAD_CORRUPT
@@ -114,11 +122,19 @@ class ModelHost:
     async def self_test(self, candidate: Candidate) -> Tested:
         """See `ota.client.ports.Host.self_test`."""
         runtime = self._line(candidate.line)
+        pairs = candidates(candidate.components, self._ladder(runtime))
+        if not pairs:
+            raise Rejected(
+                Reason.NO_DELEGATE,
+                f"no delegate allowed on this device runs {candidate.component.name}",
+                hint="see delegates in agent.toml and the device profile",
+            )
         try:
-            pairs = candidates(candidate.components, self._ladder(runtime))
             verdicts = await self._trials.run(subject_of(candidate), pairs)
         except AgentError as e:
-            raise OtaError(Reason.BUSY, e.message, hint=e.hint, retry=True) from e
+            raise _busy(e) from e
+        models = {component.name: component.plain_sha256 for component in candidate.components}
+        verdicts = [replace(v, model=models[v.component]) for v in verdicts]
         self._on_verdicts(candidate.line, candidate.version, verdicts)
         ranked = rank(verdicts)
         if not ranked:
@@ -166,18 +182,26 @@ class ModelHost:
         """Serve a committed release after a start: by its kept verdict, or by a new trial where there is none.
 
         Raises:
-            OtaError: it cannot be served.
+            OtaError: it cannot be served now; where a verdict is known the line goes on trying.
         """
-        known = [v for v in rank(self.verdicts(candidate.line)) if v.component == candidate.component.name]
-        if known:
+        runtime = self._line(candidate.line)
+        ladder, model = self._ladder(runtime), candidate.component.plain_sha256
+        known = [v for v in rank(self._verdicts.get(candidate.line, [])) if v.model == model and v.requested in ladder]
+        if not known:
+            tested = await self.self_test(candidate)
+            known = [self._verdict(candidate, tested.component, tested.delegate)]
+        try:
             await self._serve(candidate, known[0])
-        else:
-            await self.activate(candidate, await self.self_test(candidate))
+        except OtaError:
+            runtime.keep_trying(candidate, known[0])
+            raise
 
     async def _serve(self, candidate: Candidate, verdict: Verdict) -> None:
         try:
             await self._line(candidate.line).serve(candidate, verdict)
         except AgentError as e:
+            if e.reason is AgentReason.WORKER_UNAVAILABLE:
+                raise _busy(e) from e  # no source, no host: that is no verdict on the release
             reason = _REJECTIONS.get(e.reason, Reason.WORKER_CRASHED)
             raise Rejected(reason, f"{candidate.line} {candidate.version}: {e.message}", hint=e.hint) from e
 
@@ -203,6 +227,8 @@ class ModelHost:
             try:
                 await runtime.heartbeat(golden, tested, dict(candidate.release.graph.get("golden", {})))
             except AgentError as e:
+                if e.reason is AgentReason.WORKER_UNAVAILABLE:
+                    raise _busy(e) from e
                 reason = _REJECTIONS.get(e.reason, Reason.PROBATION_FAILED)
                 raise Rejected(reason, f"{candidate.line} {candidate.version}: {e.message}") from e
             finally:
@@ -210,10 +236,11 @@ class ModelHost:
         return Probation(runtime.tally.results, elapsed, runtime.tally.p95_ms(), synthetic=True)
 
     def _verdict(self, candidate: Candidate, component: str, delegate: str) -> Verdict:
-        for verdict in self.verdicts(candidate.line):
-            if (verdict.component, verdict.requested) == (component, delegate):
+        model = candidate.release.component(component).plain_sha256
+        for verdict in self._verdicts.get(candidate.line, []):
+            if (verdict.model, verdict.requested) == (model, delegate):
                 return verdict
-        return Verdict(component, delegate)
+        return Verdict(component, delegate, model=model)
 
     def _line(self, name: str) -> LineRuntime:
         if name not in self._lines:
@@ -226,14 +253,23 @@ class ModelHost:
         return runtime.config.delegates or self._profile.delegates
 
     def _keep(self, line: str, verdicts: Sequence[Verdict]) -> None:
-        """A trial of one component says nothing new about the others: their older verdicts stay."""
-        tried = {v.component for v in verdicts}
-        self._verdicts[line] = [*verdicts, *(v for v in self.verdicts(line) if v.component not in tried)]
+        """A trial says nothing new about other files, the release before among them: their older verdicts stay."""
+        tried = {v.model for v in verdicts}
+        older = [v for v in self._verdicts.get(line, []) if v.model not in tried]
+        self._verdicts[line] = [*verdicts, *older][:MAX_KEPT_VERDICTS]
         document = {name: [v.to_json() for v in kept] for name, kept in self._verdicts.items()}
-        self._write(VERDICTS_NAME, json.dumps(document, indent=1).encode())
+        try:
+            self._write(VERDICTS_NAME, json.dumps(document, indent=1).encode())
+        except OtaError as e:
+            log.warning("verdicts are not kept: %s", e.message, extra={"reason": e.reason.value})
 
 
 VERDICTS_NAME = "verdicts.json"
+
+
+def _busy(error: AgentError) -> OtaError:
+    """The device's own trouble, which the next look may find gone."""
+    return OtaError(Reason.BUSY, error.message, hint=error.hint, retry=True)
 
 
 def _load_verdicts(path: Path) -> dict[str, list[Verdict]]:

@@ -123,7 +123,7 @@ def _load(folder: Path) -> DeviceKeys:
 def _read(path: Path) -> bytes:
     low, high = _SIZES[path.name]
     try:
-        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     except FileNotFoundError as e:
         raise CustodyError(
             Reason.KEY_MISSING, f"{path} does not exist", hint="enrol the device: edge-agent enroll --help"
@@ -140,7 +140,7 @@ def _read(path: Path) -> bytes:
         # systemd hands credentials over as root-owned files that only this unit can reach
         if facts.st_uid not in (os.geteuid(), 0):
             raise CustodyError(
-                Reason.KEY_UNSAFE, f"{path} belongs to user {facts.st_uid}", hint=f"chown {os.geteuid()} {path}"
+                Reason.KEY_UNSAFE, f"{path} belongs to user {facts.st_uid}", hint="run as that user, or enrol again"
             )
         if facts.st_mode & 0o077 and facts.st_uid == os.geteuid():
             raise CustodyError(

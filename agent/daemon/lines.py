@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import collections
-import contextlib
 import logging
 import os
 import time
@@ -20,8 +19,9 @@ from agent import protocol
 from agent.config import LineConfig, UpdateConfig
 from agent.daemon.selection import Verdict, quantile
 from agent.daemon.sources import SourceRuntime
-from agent.daemon.supervisor import BACKOFF_S, Exit, Supervisor, Worker
-from agent.errors import AgentError, Reason
+from agent.daemon.supervisor import BACKOFF_S, Supervisor
+from agent.daemon.worker import Exit, Worker, fault_error
+from agent.errors import AgentError, Reason, WorkerError
 from ota.client.ports import Candidate
 from ota.errors import OtaError
 
@@ -30,6 +30,7 @@ log = logging.getLogger(__name__)
 FINISH_TIMEOUT_S = 5.0
 WATCH_INTERVAL_S = 2.0
 STABLE_S = 60.0
+DEATH_NEWS_S = 0.5
 
 
 @dataclass
@@ -97,6 +98,10 @@ class LineRuntime:
         self._backoff_s = BACKOFF_S[0]
         self._revive: asyncio.Task[None] | None = None
         self._watch: asyncio.Task[None] | None = None
+        self._retiring: set[asyncio.Task[None]] = set()
+        self._leaving: Worker | None = None
+        self._ended_by_us: Worker | None = None
+        self._up_since = time.monotonic()
         self._last_result = 0.0
         self._last_seqs: collections.deque[int] = collections.deque(maxlen=1024)
 
@@ -106,30 +111,26 @@ class LineRuntime:
         Returns the first frame the new worker got, None on a first start.
 
         Raises:
-            AgentError: the new worker did not come up; the old one still serves.
+            AgentError: the new worker did not come up; the old one still serves, or is started again.
         """
+        self._cancel_revival()
         async with self._lock:
             self._cancel_revival()
-            old = self.serving
-            live = old is not None and not old.worker.exited.done()
-            new = await self._bring_up(candidate, verdict, active=not live)
-            first_seq = None
-            if live:
-                try:
-                    first_seq = await self.source.switch(self.config.name, new.reader)
-                except AgentError:
-                    new.worker.kill()
-                    raise
-            self.serving = new
-            self.tally = Tally()
-            if old is not None and live:
-                await self._retire(old)
-            if self._watch is None:
-                self._watch = asyncio.create_task(self._watch_serving(), name=f"watch {self.config.name}")
-            return first_seq
+            try:
+                return await self._put_to_work(candidate, verdict, fresh=True)
+            except BaseException:
+                self._revive_if_dead()
+                raise
+
+    def keep_trying(self, candidate: Candidate, verdict: Verdict) -> None:
+        """Go on trying to make `candidate` serve, with back-off, until it does or something else is put to work."""
+        self._cancel_revival()
+        work = self._bring_back(candidate, verdict, self.serving)
+        self._revive = asyncio.create_task(work, name=f"revive {self.config.name}")
 
     async def stop(self) -> None:
         """Stop serving."""
+        self._cancel_revival()
         async with self._lock:
             self._cancel_revival()
             if self._watch is not None:
@@ -139,14 +140,17 @@ class LineRuntime:
                 old, self.serving = self.serving, None
                 self.source.detach(old.reader, "stopped")
                 await old.worker.stop()
+            await asyncio.gather(*self._retiring)
 
     def answered(self, seq: int) -> bool:
         """Whether a result for frame `seq`, one of the last 1024, came."""
         return seq in self._last_seqs
 
     def source_restarted(self) -> None:
-        """The ring is a new one: bring the model up on it."""
+        """The ring is a new one, its frames are counted anew: bring the model up on it."""
+        self._last_seqs.clear()
         if self.serving is not None:
+            self._ended_by_us = self.serving.worker
             self.serving.worker.kill()
 
     async def heartbeat(self, golden: int, component: str, tolerance: dict[str, object]) -> None:
@@ -155,7 +159,7 @@ class LineRuntime:
         Raises:
             AgentError: it did not.
         """
-        if self.serving is None:
+        if self.serving is None or self.serving.worker.exited.done():
             raise AgentError(Reason.WORKER_UNAVAILABLE, f"line {self.config.name} has no worker")
         await self.serving.worker.request(
             protocol.RunGolden(component, tolerance),
@@ -163,6 +167,61 @@ class LineRuntime:
             fds=(golden,),
             timeout_s=self._limits.run_timeout_s,
         )
+
+    async def _put_to_work(self, candidate: Candidate, verdict: Verdict, *, fresh: bool) -> int | None:
+        """Bring `candidate` up and move the frames over to it; the lock is held. `fresh` starts another tally."""
+        old = self.serving
+        live = old is not None and not old.worker.exited.done()
+        new = await self._bring_up(candidate, verdict, active=not live)
+        if old is None or not live:
+            self._adopt(new, fresh)
+            return None
+        # once asked, the source moves the frames whether we wait or not: a cancelled swap is finished all the same
+        moving = asyncio.create_task(self._move(old, new, fresh), name=f"move {self.config.name}")
+        try:
+            return await asyncio.shield(moving)
+        except asyncio.CancelledError:
+            await asyncio.wait([moving])
+            raise
+
+    async def _move(self, old: Serving, new: Serving, fresh: bool) -> int:
+        """Switch the frames from `old` to `new` and let the old worker finish."""
+        self._leaving = old.worker
+        try:
+            first_seq = await self.source.switch(self.config.name, new.reader)
+        except AgentError as e:
+            self._leaving = None
+            await asyncio.wait((new.worker.exited,), timeout=DEATH_NEWS_S)
+            died = new.worker.exited.result() if new.worker.exited.done() else None
+            new.worker.kill()
+            if e.reason is not Reason.BAD_MESSAGE:
+                # whether the source had switched is not known: the old one has to ask it again
+                self._ended_by_us = old.worker
+                old.worker.kill()
+            if died is not None:
+                raise WorkerError(died.reason, f"the model worker {died} before its first frame") from e
+            # what the source refuses is not the model's fault
+            raise WorkerError(Reason.WORKER_UNAVAILABLE, e.message, hint=e.hint) from e
+        self._adopt(new, fresh)
+        retiring = asyncio.create_task(self._retire(old), name=f"retire {self.config.name}")
+        self._retiring.add(retiring)
+        retiring.add_done_callback(self._retiring.discard)
+        return first_seq
+
+    def _adopt(self, new: Serving, fresh: bool) -> None:
+        """From now on `new` serves; what befell it before it was in charge is made up for."""
+        self.serving = new
+        self._up_since = time.monotonic()
+        if fresh:
+            self.tally = Tally()
+        if self._watch is None:
+            self._watch = asyncio.create_task(self._watch_serving(), name=f"watch {self.config.name}")
+        finished = self._finished.get(new.worker.number)
+        if new.worker.exited.done():
+            self._ended(new.worker, new.worker.exited.result())
+        elif finished is not None and finished.done():
+            self._ended_by_us = new.worker
+            new.worker.kill()
 
     async def _bring_up(self, candidate: Candidate, verdict: Verdict, *, active: bool) -> Serving:
         worker = await self._supervisor.spawn("model")
@@ -183,6 +242,7 @@ class LineRuntime:
             )
         except BaseException:
             worker.kill()  # also when cancelled: nobody else knows of it yet
+            self._finished.pop(worker.number, None)
             raise
         log.info("line %s: %s %s on %s, warm in %.0f ms", self.config.name, candidate.line, candidate.version,
                  verdict.requested, warm_ms)  # fmt: skip
@@ -191,11 +251,9 @@ class LineRuntime:
 
     async def _retire(self, old: Serving) -> None:
         finished = self._finished.setdefault(old.worker.number, asyncio.get_running_loop().create_future())
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(FINISH_TIMEOUT_S):
-                await finished
-        self._finished.pop(old.worker.number, None)
+        await asyncio.wait((finished, old.worker.exited), timeout=FINISH_TIMEOUT_S, return_when=asyncio.FIRST_COMPLETED)
         await old.worker.stop()
+        self._finished.pop(old.worker.number, None)
 
     def _said(self, worker: Worker, packet: protocol.Packet) -> None:
         message = packet.message
@@ -211,36 +269,56 @@ class LineRuntime:
             future = self._finished.setdefault(worker.number, asyncio.get_running_loop().create_future())
             if not future.done():
                 future.set_result(message)
+            if self.serving is not None and self.serving.worker is worker and worker is not self._leaving:
+                # the source gave it up, or went away: it has to ask anew
+                self._ended_by_us = worker
+                worker.kill()
         elif isinstance(message, protocol.Fault):
-            log.error("line %s: %s", self.config.name, message.message, extra={"reason": message.reason})
+            fault = fault_error(message)
+            log.error("line %s: %s", self.config.name, fault.message, extra={"reason": fault.reason.value})
             worker.kill()
 
     def _ended(self, worker: Worker, end: Exit) -> None:
         self._finished.pop(worker.number, None)
         if self.serving is None or self.serving.worker is not worker:
             return
-        self.tally.crashes += 1
-        self.tally.last_crash = end.reason
+        if worker is not self._ended_by_us and not end.lost:
+            self.tally.crashes += 1
+            self.tally.last_crash = end.reason
         self._on_event("worker_exit", {"line": self.config.name, "reason": end.reason.value, "detail": str(end)})
-        self._revive = asyncio.create_task(self._bring_back(self.serving), name=f"revive {self.config.name}")
+        if time.monotonic() - self._up_since > STABLE_S:
+            self._backoff_s = BACKOFF_S[0]
+        self.keep_trying(self.serving.candidate, self.serving.verdict)
 
-    async def _bring_back(self, lost: Serving) -> None:
-        """Start the same release again, with back-off, until it serves or something else does."""
+    def _revive_if_dead(self) -> None:
+        """After a start that failed: whoever served before and died meanwhile is still wanted."""
+        if self.serving is not None and self.serving.worker.exited.done():
+            self.keep_trying(self.serving.candidate, self.serving.verdict)
+
+    async def _bring_back(self, candidate: Candidate, verdict: Verdict, lost: Serving | None) -> None:
+        """Start `candidate` with back-off, until it serves or something else than `lost` does."""
         while True:
-            if time.monotonic() - self.tally.since > STABLE_S:
-                self._backoff_s = BACKOFF_S[0]
             await asyncio.sleep(self._backoff_s)
             self._backoff_s = min(2 * self._backoff_s, BACKOFF_S[1])
-            try:
-                self.serving = await self._bring_up(lost.candidate, lost.verdict, active=True)
-            except (AgentError, OtaError) as e:
-                self.tally.crashes += 1
-                self.tally.last_crash = Reason.WORKER_CRASHED
-                log.error("line %s: %s", self.config.name, e.message, extra={"reason": e.reason.value})
-                continue
+            async with self._lock:
+                if self.serving is not lost:
+                    return
+                try:
+                    await self._put_to_work(candidate, verdict, fresh=False)
+                except (AgentError, OtaError, OSError) as e:
+                    self._failed_to_return(e)
+                    continue
             self.restarts += 1
             self._on_event("worker_restarted", {"line": self.config.name, "restarts": self.restarts})
             return
+
+    def _failed_to_return(self, error: AgentError | OtaError | OSError) -> None:
+        """A worker that had no source or no host to come to is no crash of the model."""
+        if isinstance(error, AgentError) and error.reason is not Reason.WORKER_UNAVAILABLE:
+            self.tally.crashes += 1
+            self.tally.last_crash = error.reason
+        reason = "" if isinstance(error, OSError) else error.reason.value
+        log.error("line %s: %s", self.config.name, error, extra={"reason": reason})
 
     async def _watch_serving(self) -> None:
         """Ask a worker that says nothing whether it is alive; `request` kills one that does not answer."""
@@ -258,9 +336,9 @@ class LineRuntime:
                 log.error("line %s: %s", self.config.name, e.message, extra={"reason": e.reason.value})
 
     def _cancel_revival(self) -> None:
-        if self._revive is not None:
-            self._revive.cancel()
-            self._revive = None
+        revive, self._revive = self._revive, None
+        if revive is not None and revive is not asyncio.current_task():
+            revive.cancel()
 
 
 def load_message(candidate: Candidate, component_name: str, delegate: str, threads: int) -> protocol.LoadModel:

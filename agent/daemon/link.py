@@ -50,6 +50,7 @@ _TELEMETRY_EXPIRY_S = 7 * 86_400
 _REQUEST_EXPIRY_S = 30
 _HINTS_PER_MINUTE = 6.0
 _HINT_BURST = 3
+_HELD_BACK_S = 60 / _HINTS_PER_MINUTE
 _OVERHEAD = "keepalive"
 _SHORT_LIVED_ALARM = 3
 
@@ -124,6 +125,7 @@ class Link:
         self._wall = wall
         self._gate = Gate()
         self._hints = TokenBucket(_HINTS_PER_MINUTE / 60, _HINT_BURST)
+        self._held_until_s = 0.0
         self._loop: asyncio.AbstractEventLoop | None = None
         self._arrived = asyncio.Event()
         self._inbox = Inbox(wake=self._wake)
@@ -283,11 +285,20 @@ class Link:
 
     def _hint(self, message: Received) -> None:
         hint = None if message.retain else commands.parse_hint(message.payload)
-        if hint is None or not self._hints.take(1, self._clock()):
+        if hint is None:
             self.ignored += 1
             return
+        now_s = self._clock()
         # the whole fleet hears it at once
-        self._orders.hint(hint, self._rng.uniform(0, hint.spread_s))
+        delay_s = self._rng.uniform(0, hint.spread_s)
+        if not self._hints.take(1, now_s):
+            # a flood is one look, later; what the last hint is about must not wait for the next poll
+            self.ignored += 1
+            delay_s = max(delay_s, _HELD_BACK_S)
+            if now_s < self._held_until_s <= now_s + delay_s:
+                return
+            self._held_until_s = now_s + delay_s
+        self._orders.hint(hint, delay_s)
 
     # --- out ---------------------------------------------------------------------------------------------------------
 

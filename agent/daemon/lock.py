@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import pwd
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -26,11 +27,35 @@ def locked(state_dir: Path) -> Iterator[None]:
             Reason.STATE_UNWRITABLE, f"{state_dir}: {e.strerror}", hint="run as the user of the service"
         ) from e
     try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as e:
+            raise ControlError(
+                Reason.DAEMON_RUNNING, f"another daemon uses {state_dir}", hint="stop it: systemctl stop edge-agent"
+            ) from e
         yield
-    except BlockingIOError as e:
-        raise ControlError(
-            Reason.DAEMON_RUNNING, f"another daemon uses {state_dir}", hint="stop it: systemctl stop edge-agent"
-        ) from e
     finally:
         os.close(fd)
+
+
+def become_owner(state_dir: Path) -> None:
+    """When root works on a service's state directory, go on as the user it belongs to: root's files in it would lock
+    the service out.
+
+    Raises:
+        ControlError: `state_unwritable` when that user is unknown.
+    """
+    try:
+        owner = state_dir.stat().st_uid
+        if os.geteuid() != 0 or owner == 0:
+            return
+        account = pwd.getpwuid(owner)
+    except FileNotFoundError:
+        return
+    except KeyError as e:
+        raise ControlError(
+            Reason.STATE_UNWRITABLE, f"{state_dir} belongs to nobody known here", hint="chown it to the service's user"
+        ) from e
+    os.initgroups(account.pw_name, account.pw_gid)
+    os.setgid(account.pw_gid)
+    os.setuid(account.pw_uid)

@@ -21,6 +21,7 @@ def source_status(source: SourceRuntime) -> dict[str, Any]:
     opened = source.opened
     return {
         "state": source.state,
+        "reason": source.reason,
         "detail": source.detail,
         "frames": source.frames,
         "restarts": source.restarts,
@@ -82,11 +83,15 @@ def conditions(
     found = []
     for name, source in sources.items():
         if source.state not in ("streaming", "ended"):
-            found.append(_condition("SourceStreaming", "False", source.state, f"source {name} is {source.state}"))
+            text = f"source {name} is {source.state}" + (f": {source.detail}" if source.detail else "")
+            found.append(_condition("SourceStreaming", "False", source.reason or source.state, text))
     for name, runtime in lines.items():
         if runtime.serving is None:
             text = "publish and grant a release" if record.line(name).active is None else "see the log"
             found.append(_condition("LineServing", "False", "no_release", f"line {name} serves nothing; {text}"))
+        elif runtime.serving.worker.exited.done():
+            reason = runtime.serving.worker.exited.result().reason.value
+            found.append(_condition("LineServing", "False", reason, f"line {name} is being started again; see the log"))
     if link["state"] not in ("connected", "offline by configuration"):
         found.append(_condition("LinkConnected", "False", link.get("reason") or link["state"], link.get("message", "")))
     device = words.now.get(DEVICE_LINE)

@@ -19,7 +19,7 @@ class Verdict:
     """What the trial of one component on one delegate showed. Times are milliseconds per frame, 0 when not measured.
 
     `requested` is the delegate asked for, `actual` the one that ran, `coverage` its share of the nodes; `reason` is
-    empty for a pass.
+    empty for a pass. `model` is the SHA-256 of the component's plaintext: a verdict holds for those bytes alone.
     """
 
     component: str
@@ -35,6 +35,7 @@ class Verdict:
     load_ms: float = 0.0
     rss_bytes: int = 0
     golden_worst: float = 0.0
+    model: str = ""
 
     @property
     def passed(self) -> bool:

@@ -8,17 +8,22 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import time
 from collections.abc import Callable
 
 from agent import protocol
 from agent.config import SourceConfig
-from agent.daemon.supervisor import BACKOFF_S, Exit, Supervisor, Worker
+from agent.daemon.supervisor import BACKOFF_S, Supervisor
+from agent.daemon.worker import Exit, Worker, fault_error, one_line
 from agent.errors import AgentError, Reason, WorkerError
 
 log = logging.getLogger(__name__)
 
 OPEN_TIMEOUT_S = 30.0
 SWITCH_TIMEOUT_S = 10.0
+STABLE_S = 60.0
+STATES = ("opening", "streaming", "stale", "reconnecting", "ended")
+DROP_REASONS = ("backlog", "worker_lost", "no_reader", "stopped")
 
 
 class SourceRuntime:
@@ -42,6 +47,7 @@ class SourceRuntime:
         self.config = config
         self.state = "opening"
         self.detail = ""
+        self.reason = ""
         self.frames = 0
         self.restarts = 0
         self.opened: protocol.SourceOpened | None = None
@@ -55,6 +61,7 @@ class SourceRuntime:
         self._ready = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
         self._exited = asyncio.Event()
+        self._read_by: set[str] = set()
 
     @property
     def pid(self) -> int:
@@ -85,13 +92,18 @@ class SourceRuntime:
             raise WorkerError(
                 Reason.WORKER_UNAVAILABLE, f"source {self.config.name} is {self.state}: {self.detail}"
             ) from e
-        assert self._worker is not None
-        assert self.opened is not None
+        worker, o = self._worker, self.opened
+        if worker is None or o is None or not self._ready.is_set():
+            # it went away between its word and our turn
+            raise WorkerError(Reason.WORKER_UNAVAILABLE, f"source {self.config.name} is {self.state}: {self.detail}")
         reader, self._next_reader = self._next_reader, self._next_reader + 1
-        o = self.opened
-        theirs, models = protocol.socket_pair()
+        try:
+            theirs, models = protocol.socket_pair()
+        except OSError as e:
+            raise WorkerError(Reason.WORKER_UNAVAILABLE, f"no socket for a reader: {e.strerror}") from e
+        self._read_by.add(line)
         with theirs, models:
-            self._worker.tell(protocol.AttachReader(reader, line, active), fds=(theirs.fileno(),))
+            worker.tell(protocol.AttachReader(reader, line, active), fds=(theirs.fileno(),))
             packet = await model.request(
                 protocol.AttachRing(o.width, o.height, o.channels, o.slots, o.slot_bytes),
                 protocol.RingAttached,
@@ -104,13 +116,18 @@ class SourceRuntime:
         """Give the line's frames to `reader` from the next one on; returns that frame's sequence number.
 
         Raises:
-            WorkerError: the source died or hung; it will be restarted.
+            WorkerError: `worker_unavailable`: the source died or hung; it will be restarted.
+            AgentError: `bad_message`: the source knows no such reader, and changed nothing.
         """
         if self._worker is None:
             raise WorkerError(Reason.WORKER_UNAVAILABLE, f"source {self.config.name} is {self.state}")
-        packet = await self._worker.request(
-            protocol.SwitchReader(line, reader), protocol.Switched, timeout_s=SWITCH_TIMEOUT_S
-        )
+        try:
+            packet = await self._worker.request(
+                protocol.SwitchReader(line, reader), protocol.Switched, timeout_s=SWITCH_TIMEOUT_S
+            )
+        except WorkerError as e:
+            # the source's death says nothing about the model that wanted its frames
+            raise WorkerError(Reason.WORKER_UNAVAILABLE, f"source {self.config.name}: {e.message}") from e
         return int(packet.message.first_seq)
 
     def detach(self, reader: int, reason: str) -> None:
@@ -123,13 +140,15 @@ class SourceRuntime:
         while True:
             try:
                 await self._open()
-                backoff_s = BACKOFF_S[0]
+                opened_at = time.monotonic()
                 if self.restarts:
                     self._on_restarted(self)
                 await self._exited.wait()
+                if time.monotonic() - opened_at > STABLE_S:
+                    backoff_s = BACKOFF_S[0]
                 self._set_state("reconnecting", self.detail)
             except AgentError as e:
-                self._set_state("reconnecting", f"{e.reason.value}: {e.message}")
+                self._set_state("reconnecting", e.message, e.reason.value)
                 log.error(
                     "source %s: %s", self.config.name, e.message, extra={"reason": e.reason.value, "hint": e.hint}
                 )
@@ -141,8 +160,8 @@ class SourceRuntime:
     async def _open(self) -> None:
         self._exited.clear()
         worker = await self._supervisor.spawn("source")
-        worker.on_message = self._said
-        worker.on_exit = self._ended
+        worker.on_message = lambda packet: self._said(worker, packet)
+        worker.on_exit = lambda end: self._ended(worker, end)
         self._worker = worker
         packet = await worker.request(
             protocol.OpenSource(self.config.name, self.config.kind, dict(self.config.options)),
@@ -153,25 +172,35 @@ class SourceRuntime:
         self.opened = packet.message
         self._ready.set()
 
-    def _said(self, packet: protocol.Packet) -> None:
+    def _said(self, worker: Worker, packet: protocol.Packet) -> None:
         message = packet.message
         packet.close()
-        if isinstance(message, protocol.Dropped):
+        if isinstance(message, protocol.Dropped) and self._knows(message):
             self._on_dropped(message.line, message.seqs, message.reason)
-        elif isinstance(message, protocol.SourceState):
-            self.frames = message.frames
-            self._set_state(message.state, message.detail)
+        elif isinstance(message, protocol.SourceState) and message.state in STATES:
+            if worker is self._worker:
+                self.frames = message.frames
+                self._set_state(message.state, one_line(message.detail))
         elif isinstance(message, protocol.Fault):
-            log.error("source %s: %s", self.config.name, message.message, extra={"reason": message.reason})
-            self._set_state("stale", message.message)
+            fault = fault_error(message)
+            log.error("source %s: %s", self.config.name, fault.message, extra={"reason": fault.reason.value})
+            self._set_state("stale", fault.message, fault.reason.value)
+        elif isinstance(message, (protocol.Dropped, protocol.SourceState)):
+            log.error("source %s speaks nonsense and is ended", self.config.name)
+            worker.kill()
 
-    def _ended(self, end: Exit) -> None:
-        self.detail = f"the source process {end}"
-        self._exited.set()
+    def _knows(self, message: protocol.Dropped) -> bool:
+        return message.line in self._read_by and message.reason in DROP_REASONS
 
-    def _set_state(self, state: str, detail: str) -> None:
+    def _ended(self, worker: Worker, end: Exit) -> None:
+        if worker is self._worker:  # the end of one that was given up may be told late
+            self.detail = f"the source process {end}"
+            self._ready.clear()
+            self._exited.set()
+
+    def _set_state(self, state: str, detail: str, reason: str = "") -> None:
         changed = (state, detail) != (self.state, self.detail)
-        self.state, self.detail = state, detail
+        self.state, self.detail, self.reason = state, detail, reason
         if changed:
             self._on_state(self)
 

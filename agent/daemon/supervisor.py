@@ -12,157 +12,24 @@ import contextlib
 import itertools
 import logging
 import os
-import signal
 import socket
 import struct
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from agent import protocol
 from agent.daemon.channel import Channel
-from agent.errors import AgentError, Reason, WorkerError
+from agent.daemon.worker import Worker
+from agent.errors import Reason, WorkerError
 
 log = logging.getLogger(__name__)
 
 HOST_TIMEOUT_S = 30.0
-EXIT_GRACE_S = 2.0
-STOP_GRACE_S = 3.0
+HOST_GRACE_S = 3.0
 BACKOFF_S = (0.1, 30.0)
-
-
-@dataclass(frozen=True, slots=True)
-class Exit:
-    """How a worker ended. `status` is its exit code or minus the signal; `killed` when the daemon wanted it."""
-
-    status: int
-    stderr_tail: str
-    killed: bool
-
-    @property
-    def reason(self) -> Reason:
-        """Memory or crash, as far as the exit tells."""
-        ran_out = "bad_alloc" in self.stderr_tail or "MemoryError" in self.stderr_tail
-        if ran_out or (self.status == -signal.SIGKILL and not self.killed):
-            return Reason.WORKER_OUT_OF_MEMORY
-        return Reason.WORKER_CRASHED
-
-    def __str__(self) -> str:
-        if self.status < 0:
-            with contextlib.suppress(ValueError):
-                return f"died with {signal.Signals(-self.status).name}"
-        return f"ended with exit code {self.status}"
-
-
-class Worker:
-    """One worker process: a source, a model, a trial or a transform.
-
-    `on_message` gets what the worker says unasked; `on_exit` is called once, after the last message.
-    """
-
-    def __init__(self, number: int, role: str, sock: socket.socket, kill: Callable[[int], None]) -> None:
-        self.number = number
-        self.role = role
-        self.pid = 0
-        self.on_message: Callable[[protocol.Packet], None] = lambda packet: packet.close()
-        self.on_exit: Callable[[Exit], None] = lambda _: None
-        self.exited: asyncio.Future[Exit] = asyncio.get_running_loop().create_future()
-        self._kill = kill
-        self._killed = False
-        self._lock = asyncio.Lock()
-        self._expected: type[Any] | None = None
-        self._answer: asyncio.Future[protocol.Packet] | None = None
-        self._channel = Channel(sock, self._received, self._closed)
-
-    async def request(self, message: Any, expect: type[Any], *, fds: tuple[int, ...] = (), timeout_s: float) -> Any:
-        """Send `message` and return the `Packet` that answers it with an `expect` message.
-
-        Raises:
-            WorkerError: `worker_crashed`, `worker_out_of_memory`, or `worker_hung` (killed after `timeout_s`).
-            AgentError: whatever fault the worker itself reports.
-        """
-        async with self._lock:
-            self._answer = asyncio.get_running_loop().create_future()
-            self._expected = expect
-            try:
-                self._channel.send(message, fds)
-                async with asyncio.timeout(timeout_s):
-                    packet = await self._answer
-            except TimeoutError as e:
-                self.kill()
-                raise WorkerError(
-                    Reason.WORKER_HUNG,
-                    f"the {self.role} worker did not answer {type(message).__name__} in {timeout_s:g} s",
-                ) from e
-            except WorkerError:
-                await self._raise_exit()
-                raise
-            finally:
-                self._answer = self._expected = None
-        if isinstance(packet.message, protocol.Fault):
-            packet.close()
-            raise fault_error(packet.message)
-        return packet
-
-    def tell(self, message: Any, *, fds: tuple[int, ...] = ()) -> None:
-        """Send a message that is not answered; a worker that cannot take it is killed."""
-        try:
-            self._channel.send(message, fds)
-        except WorkerError as e:
-            if e.reason is Reason.WORKER_HUNG:
-                self.kill()
-
-    def kill(self, number: int = signal.SIGKILL) -> None:
-        """End it now."""
-        if not self.exited.done():
-            self._killed = True
-            self._kill(number)
-
-    async def stop(self) -> Exit:
-        """Ask it to end, then end it."""
-        self.tell(protocol.StopWorker())
-        try:
-            async with asyncio.timeout(STOP_GRACE_S):
-                return await asyncio.shield(self.exited)
-        except TimeoutError:
-            self.kill()
-            return await self.exited
-
-    def has_exited(self, message: protocol.Exited) -> None:
-        """The host's word on how it ended; called by the supervisor."""
-        if self.exited.done():
-            return
-        end = Exit(message.status, message.stderr_tail, self._killed)
-        self.exited.set_result(end)
-        self._fail(WorkerError(end.reason, f"the {self.role} worker {end}"))
-        self._channel.close()
-        self.on_exit(end)
-
-    async def _raise_exit(self) -> None:
-        """Replace "the socket closed" by how the process ended, when the host says so soon."""
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(EXIT_GRACE_S):
-                end = await asyncio.shield(self.exited)
-            raise WorkerError(end.reason, f"the {self.role} worker {end}", hint=_last_line(end.stderr_tail))
-
-    def _received(self, packet: protocol.Packet) -> None:
-        wanted = self._expected is not None and isinstance(packet.message, (self._expected, protocol.Fault))
-        if wanted and self._answer is not None and not self._answer.done():
-            self._answer.set_result(packet)
-        else:
-            self.on_message(packet)
-
-    def _closed(self, why: str) -> None:
-        self._fail(WorkerError(Reason.WORKER_CRASHED, f"the {self.role} worker's socket: {why}"))
-        # a worker without a socket is of no use, however alive
-        self._kill(signal.SIGKILL)
-
-    def _fail(self, error: WorkerError) -> None:
-        if self._answer is not None and not self._answer.done():
-            self._answer.set_exception(error)
 
 
 class Supervisor:
@@ -204,18 +71,17 @@ class Supervisor:
         self._stopping = True
         if self._restarts is not None:
             self._restarts.cancel()
-        await asyncio.gather(*(worker.stop() for worker in list(self._workers.values())))
+        with contextlib.suppress(TimeoutError):
+            # a host that obeys ends them all by then; the others end with it
+            async with asyncio.timeout(2 * HOST_GRACE_S):
+                await asyncio.gather(*(worker.stop() for worker in list(self._workers.values())))
         if self._listener is not None:
             asyncio.get_running_loop().remove_reader(self._listener)
             self._listener.close()
         if self._channel is not None:
             self._channel.close()
         if self._process is not None:
-            try:
-                await asyncio.to_thread(self._process.wait, STOP_GRACE_S)
-            except subprocess.TimeoutExpired:
-                self._process.kill()
-                self._process.wait()
+            await asyncio.to_thread(_reap, self._process)
 
     async def spawn(self, role: str, *, nice: int = 0, memory_bytes: int = 0) -> Worker:
         """A new worker, its process running.
@@ -226,7 +92,7 @@ class Supervisor:
         try:
             async with asyncio.timeout(HOST_TIMEOUT_S):
                 await self._ready.wait()
-                return await self._spawn(role, nice, memory_bytes)
+            return await self._spawn(role, nice, memory_bytes)
         except TimeoutError as e:
             where = "edge-worker.service" if self._listen else "the worker host"
             raise WorkerError(
@@ -234,16 +100,34 @@ class Supervisor:
             ) from e
 
     async def _spawn(self, role: str, nice: int, memory_bytes: int) -> Worker:
+        channel = self._channel
+        if channel is None or not channel.open:
+            raise WorkerError(Reason.WORKER_UNAVAILABLE, "the worker host is gone")
         number = next(self._numbers)
-        ours, theirs = protocol.socket_pair()
+        try:
+            ours, theirs = protocol.socket_pair()
+        except OSError as e:
+            raise WorkerError(Reason.WORKER_UNAVAILABLE, f"no socket for a {role} worker: {e.strerror}") from e
+        started: asyncio.Future[int] = asyncio.get_running_loop().create_future()
         with theirs:
             worker = Worker(number, role, ours, lambda sig: self._tell_host(protocol.Kill(number, sig)))
             self._workers[number] = worker
-            started: asyncio.Future[int] = asyncio.get_running_loop().create_future()
             self._started[number] = started
             self._tell_host(protocol.Spawn(number, role, nice, memory_bytes), (theirs.fileno(),))
-        done, _ = await asyncio.wait((started, worker.exited), return_when=asyncio.FIRST_COMPLETED)
-        self._started.pop(number, None)
+        try:
+            async with asyncio.timeout(HOST_TIMEOUT_S):
+                done, _ = await asyncio.wait((started, worker.exited), return_when=asyncio.FIRST_COMPLETED)
+        except TimeoutError:
+            # it holds its socket and does nothing: so would it with every other wish, the kill of a worker among them
+            if channel is self._channel:
+                channel.close()
+                self._host_lost("it does not answer")
+            raise
+        except asyncio.CancelledError:
+            worker.kill()  # nobody else knows of it
+            raise
+        finally:
+            self._started.pop(number, None)
         if started not in done:
             raise WorkerError(
                 Reason.WORKER_UNAVAILABLE, f"a {role} worker could not be started: {worker.exited.result()}"
@@ -299,8 +183,8 @@ class Supervisor:
 
     def _host_lost(self, why: str) -> None:
         self._ready.clear()
-        for number, worker in list(self._workers.items()):
-            worker.has_exited(protocol.Exited(number, -signal.SIGKILL, "", 0, 0.0))
+        for worker in list(self._workers.values()):
+            worker.has_lost_host()
         self._workers.clear()
         if self._stopping:
             return
@@ -310,20 +194,17 @@ class Supervisor:
             self._restarts = asyncio.create_task(self._restart())
 
     async def _restart(self) -> None:
-        await asyncio.sleep(self._backoff_s)
-        self._backoff_s = min(2 * self._backoff_s, BACKOFF_S[1])
-        if self._process is not None:
-            await asyncio.to_thread(self._process.wait)
-        self._launch()
-
-
-def fault_error(fault: protocol.Fault) -> AgentError:
-    """The typed error a worker's `Fault` stands for; a reason nobody knows counts as a crash."""
-    try:
-        reason = Reason(fault.reason)
-    except ValueError:
-        reason = Reason.WORKER_CRASHED
-    return AgentError(reason, fault.message[:500], hint=fault.hint[:500])
+        while True:
+            await asyncio.sleep(self._backoff_s)
+            self._backoff_s = min(2 * self._backoff_s, BACKOFF_S[1])
+            if self._process is not None:
+                await asyncio.to_thread(_reap, self._process)
+            try:
+                self._launch()
+            except OSError as e:
+                log.error("the worker host does not start: %s", e.strerror)
+                continue
+            return
 
 
 def default_host_command() -> list[str]:
@@ -359,6 +240,10 @@ def _unit_of(pid: int) -> str:
     return next((part for line in text.splitlines() for part in line.split("/") if part.endswith(".service")), "")
 
 
-def _last_line(text: str) -> str:
-    lines = text.strip().splitlines()
-    return lines[-1][:200] if lines else ""
+def _reap(process: subprocess.Popen[bytes]) -> None:
+    """Wait for a host whose socket is closed; one that cannot end is killed."""
+    try:
+        process.wait(HOST_GRACE_S)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()

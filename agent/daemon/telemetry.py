@@ -229,8 +229,8 @@ class Telemetry:
         """Keep a record, or drop less important ones for it, or it; False when it cannot be sent at all."""
         try:
             encoded = _encode(record)
-        except ValueError:
-            # NaN or half a character: a worker says what it wants
+        except (ValueError, RecursionError):
+            # NaN, half a character, a thousand brackets: a worker says what it wants
             encoded = b""
         if not encoded or len(encoded) > self._limits.batch_bytes - _HEAD_BYTES:
             self._lose(level)

@@ -17,7 +17,8 @@ from agent import protocol
 from agent.config import UpdateConfig
 from agent.daemon.lines import load_message
 from agent.daemon.selection import Verdict, quantile
-from agent.daemon.supervisor import Supervisor, Worker
+from agent.daemon.supervisor import Supervisor
+from agent.daemon.worker import Worker, one_line
 from agent.errors import AgentError, Reason
 from ota.client.ports import Candidate
 from ota.release import Budgets, Component, Release
@@ -28,6 +29,8 @@ WARMUPS = 2
 ROUNDS = 5
 RUNS_A_ROUND = 5
 TRIAL_NICE = 5
+GONE_TIMEOUT_S = 5.0
+MAX_NAME_CHARS = 120
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,7 +113,8 @@ class TrialRunner:
         finally:
             for trial in trials:
                 trial.worker.kill()
-            await asyncio.gather(*(asyncio.shield(trial.worker.exited) for trial in trials))
+            if trials:
+                await asyncio.wait([trial.worker.exited for trial in trials], timeout=GONE_TIMEOUT_S)
 
     async def _qualify(self, subject: Subject, component: str, delegate: str) -> _Trial:
         """Load and run the golden vectors; the worker stays up when both pass."""
@@ -123,6 +127,8 @@ class TrialRunner:
                 await self._golden(trial, subject.golden, subject.tolerance)
         except AgentError as e:
             worker.kill()
+            if e.reason is Reason.WORKER_UNAVAILABLE:
+                raise  # the host went away: that says nothing about the model
             trial.verdict = replace(trial.verdict, reason=e.reason.value, message=e.message)
             log.info("trial of %s on %s: %s", component, delegate, e.message, extra={"reason": e.reason.value})
         except BaseException:
@@ -145,14 +151,14 @@ class TrialRunner:
         loaded = packet.message
         trial.verdict = replace(
             trial.verdict,
-            actual=loaded.actual,
+            actual=one_line(loaded.actual)[:MAX_NAME_CHARS],
             coverage=loaded.coverage,
-            runtime=loaded.runtime,
+            runtime=one_line(loaded.runtime)[:MAX_NAME_CHARS],
             load_ms=loaded.load_ms,
             rss_bytes=loaded.rss_bytes,
         )
         if loaded.actual != delegate:
-            raise AgentError(Reason.DELEGATE_FELL_BACK, f"asked for {delegate}, got {loaded.actual}")
+            raise AgentError(Reason.DELEGATE_FELL_BACK, f"asked for {delegate}, got {trial.verdict.actual}")
 
     async def _golden(self, trial: _Trial, opener: Callable[[], Awaitable[int]], tolerance: Mapping[str, Any]) -> None:
         golden = await opener()
@@ -172,7 +178,11 @@ class TrialRunner:
             packet = await trial.worker.request(
                 protocol.Measure(warmups, RUNS_A_ROUND), protocol.Measured, timeout_s=self._limits.run_timeout_s
             )
+            if len(packet.message.runs_ns) != RUNS_A_ROUND or min(packet.message.runs_ns) <= 0:
+                raise AgentError(Reason.BAD_MESSAGE, "the trial worker does not say how long its runs took")
         except AgentError as e:
+            if e.reason is Reason.WORKER_UNAVAILABLE:
+                raise
             trial.verdict = replace(trial.verdict, reason=e.reason.value, message=e.message)
             return
         trial.runs_ms.extend(ns / 1e6 for ns in packet.message.runs_ns)
@@ -217,4 +227,3 @@ async def transform(
         return int(fd)
     finally:
         worker.kill()
-        await asyncio.shield(worker.exited)

@@ -1,18 +1,22 @@
 """When to look for a release: on a hint, after connecting, every `poll_s`, and sooner after a failure worth repeating.
 
 What a look does is the updater's (`ota.client.updater`); this loop only decides the moments, one look at a time, and
-keeps the last word on each line for `status`.
+keeps the last word on each line for `status`. A look at a stick is one that a person waits for.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import random
 from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any
 
 from ota.client.ports import UpdateEvent
-from ota.errors import OtaError
+from ota.client.updater import DEVICE, Updater
+from ota.errors import OtaError, Reason
 
 log = logging.getLogger(__name__)
 
@@ -67,6 +71,9 @@ class UpdateLoop:
         except OtaError as e:
             log.warning("looking for updates: %s", e.message, extra={"reason": e.reason.value, "hint": e.hint})
             return True
+        except Exception:  # one line's accident must not end all updates of this device
+            log.exception("looking for updates failed")
+            return True
 
     def _next(self, failed: bool) -> float:
         """Seconds to the next look: full jitter between failures, a tenth of spread between polls."""
@@ -85,8 +92,40 @@ class LastWords:
         self.now: dict[str, UpdateEvent] = {}
         self.ended: dict[str, UpdateEvent] = {}
 
+    def put_back(self, line: str, event: UpdateEvent | None) -> None:
+        """Make `event` the last one of `line` again; None forgets that there was any."""
+        if event is None:
+            self.now.pop(line, None)
+        else:
+            self.now[line] = event
+
     def add(self, event: UpdateEvent) -> None:
         """Remember `event`; a look that found nothing new does not hide how the last update ended."""
         self.now[event.line] = event
         if event.outcome is not None and event.outcome != "up_to_date":
             self.ended[event.line] = event
+
+
+async def sideload(updater: Updater, words: LastWords, path: Path, device: str) -> dict[str, Any]:
+    """Install from the directory `path` and say what became of each line.
+
+    Raises:
+        OtaError: `not_for_this_device` when nothing there is for `device`; else why the first line was not installed.
+    """
+    if not os.path.lexists(path / "devices" / device / "desired.json"):
+        raise OtaError(
+            Reason.NOT_FOR_THIS_DEVICE,
+            f"{path} holds nothing for {device}",
+            hint=f"edge-ota bundle REPO {device} DIRECTORY makes one that does",
+        )
+    known = words.now.get(DEVICE)
+    try:
+        events = await updater.sideload(path)
+    finally:
+        # what a stick's metadata is like says nothing of the device's own source
+        words.put_back(DEVICE, known)
+    for event in events:
+        if event.reason is not None:
+            raise OtaError(event.reason, event.message, hint=event.hint)
+    said = {"up_to_date": "is installed already"}
+    return {event.line: f"{event.version} {said.get(event.outcome or '', event.outcome)}" for event in events}

@@ -169,10 +169,6 @@ def _record(loaded: Mapping[str, _Loaded], images: Sequence[Path]) -> tuple[list
     """Run every component on every input; the vectors and the tolerance they may be compared with."""
     inputs = _pictures(images) if images else _noise(next(iter(loaded.values())).pipeline)
     answers = {name: [_answers(pipeline, inputs) for pipeline in model.pipelines] for name, model in loaded.items()}
-    vectors = [
-        golden.Vector(vector.image, vector.tensors, {name: answers[name][0][i] for name in loaded})
-        for i, vector in enumerate(inputs)
-    ]
     atol: dict[str, list[float]] = {}
     for name, model in loaded.items():
         recorded, *others = answers[name]
@@ -181,6 +177,14 @@ def _record(loaded: Mapping[str, _Loaded], images: Sequence[Path]) -> tuple[list
             differing = [outputs[j] for other in others for outputs in other]
             limit = golden.default_atol(spec, [outputs[j] for outputs in recorded], differing)
             atol[name].append(float(f"{limit:.6g}"))
+    vectors = [
+        golden.Vector(
+            vector.image,
+            vector.tensors,
+            {name: tuple(map(golden.rounded, answers[name][0][i], atol[name])) for name in loaded},
+        )
+        for i, vector in enumerate(inputs)
+    ]
     recorded_by = {name: model.runtime for name, model in loaded.items()}
     return vectors, {"atol": atol, "margin": golden.DEFAULT_MARGIN, "recorded_by": recorded_by}
 

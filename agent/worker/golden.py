@@ -154,6 +154,18 @@ def default_atol(spec: TensorSpec, outputs: Sequence[Array], others: Sequence[Ar
     return max(least, min(ATOL_SPREAD_FACTOR * spread, ATOL_MOST_RANGE_SHARE * span))
 
 
+def rounded(output: Array, atol: float) -> Array:
+    """`output`, floats rounded to a power of two near an eighth of its tolerance.
+
+    What is kept is compared with `atol`, so finer digits would be noise that no compression and no delta can shrink;
+    at most a sixteenth of the tolerance is spent. Integers are kept as they are.
+    """
+    if not np.issubdtype(output.dtype, np.floating):
+        return output
+    step = 2.0 ** math.floor(math.log2(atol / 8))
+    return (np.round(output / step) * step).astype(output.dtype)
+
+
 def outputs_of(pipeline: Pipeline, vector: Vector) -> list[Array]:
     """What the pipeline answers to a vector's input; valid until the next run.
 

@@ -27,6 +27,7 @@ from agent.errors import AgentError, Reason
 
 ROLES = ("source", "model", "trial", "transform")
 STDERR_TAIL_BYTES = 2048
+MAX_LAST_READS = 32
 RETRY_FIRST_S = 0.1
 RETRY_MAX_S = 5.0
 SPAWN_FAILED = 71  # EX_OSERR
@@ -205,8 +206,9 @@ class Host:
     def _reap(self, child: _Child) -> protocol.Exited:
         """Collect an ended worker (or wait for a killed one) and forget it."""
         _, raw, usage = os.wait4(child.pid, 0)
-        while child.stderr in self._selector.get_map() and self._drain(child):
-            pass
+        for _ in range(MAX_LAST_READS):  # a process that the worker left behind may write for ever
+            if child.stderr not in self._selector.get_map() or not self._drain(child):
+                break
         del self._children[child.worker]
         for fd in (child.pidfd, child.stderr):
             if fd in self._selector.get_map():

@@ -93,12 +93,17 @@ def document(version: str, rows: Iterable[Row]) -> dict[str, object]:
 
 
 def write_golden(folder: Path) -> None:
-    """The release's golden pictures: one held-out frame of each light, beyond the measured ones, as JPEG."""
+    """The release's golden pictures: one held-out frame of each light, beyond the measured ones, as JPEG.
+
+    They have the network's own size: every device fetches them with its first release, and what a larger picture adds
+    is bytes. Resizing is the agent's own code, tested there.
+    """
     folder.mkdir(exist_ok=True)
     for light in scene.LIGHTS:
         wanted = (scene.render(scene.HELDOUT, light, GOLDEN_FROM + i) for i in range(100))
         frame = next(f for f in wanted if len(f.boxes) >= 5 and len({b[0] for b in f.boxes}) == len(LABELS))
-        cv2.imwrite(str(folder / f"{light}.jpg"), frame.image, (cv2.IMWRITE_JPEG_QUALITY, 90))
+        small = cv2.cvtColor(pipeline.preprocess(frame.image), cv2.COLOR_RGB2BGR)
+        cv2.imwrite(str(folder / f"{light}.jpg"), small, (cv2.IMWRITE_JPEG_QUALITY, 90))
 
 
 def write_sheet(out: Path, root: Path) -> None:

@@ -3,9 +3,9 @@
 
 1.0.0 learns day pictures. 1.1.0 starts from it, learns day and evening, and may change its last layers alone: the
 frozen backbone, calibrated on the same pictures, quantizes to the same bytes, so the delta between the two is small.
-Every number comes from recipe.toml. The held-out configuration is never read here; the threshold was chosen on the
-validation part of the training configuration.
-Needs tensorflow-cpu, onnx and onnxruntime (see recipe.toml); nothing on a device does.
+Data, seeds, epochs, batches and rates come from recipe.toml, the losses and the ranges of augmentation stand here. The
+held-out configuration is never read; the threshold was chosen on the validation part of the training configuration.
+Needs what recipe.toml pins; TensorFlow and onnx are no part of a device.
 """
 
 from __future__ import annotations

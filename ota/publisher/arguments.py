@@ -5,24 +5,18 @@ from __future__ import annotations
 import argparse
 from typing import NoReturn
 
+from ota.errors import PublishError, Reason
+
 DEFAULT_BROKER_PORT = 8883
 MAX_SPREAD_S = 86_400
 
 
-class UsageError(Exception):
-    """The command line is wrong; `hint` says what to run instead."""
-
-    def __init__(self, message: str, hint: str) -> None:
-        super().__init__(message)
-        self.hint = hint
-
-
 class Parser(argparse.ArgumentParser):
-    """Raises `UsageError` instead of printing the usage and leaving."""
+    """Raises `bad_usage` instead of printing the usage and leaving."""
 
     def error(self, message: str) -> NoReturn:
         """See `argparse`."""
-        raise UsageError(message, f"{self.prog} --help")
+        raise PublishError(Reason.BAD_USAGE, message, hint=f"{self.prog} --help")
 
 
 def address(text: str) -> tuple[str, int]:

@@ -1,7 +1,7 @@
 """`edge-ota`: the publisher's command. Parses arguments, calls one function of this package, prints what it answered.
 
-Results go to stdout, as text or with `--json` as one object; errors are `error:` and `hint:` on stderr and the exit
-code of their reason. Nothing here decides anything about a release.
+Results go to stdout, as text or with `--json` as one object; an error is one line `error: … [reason]` on stderr, one
+line `hint: …`, and the exit code of its reason. Nothing here decides anything about a release.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import TextIO
 from ota import __version__
 from ota.errors import OtaError, PublishError, Reason, exit_code
 from ota.publisher import build, director, enroll, files, hints, keyverbs, publish, sideload, spec
-from ota.publisher.arguments import Parser, UsageError, address, seconds
+from ota.publisher.arguments import Parser, address, seconds
 from ota.publisher.certificates import DEFAULT_BROKER_NAMES, SERVICE_NAME
 from ota.publisher.create import create
 from ota.publisher.recorder import Recorder
@@ -25,8 +25,8 @@ from ota.publisher.reports import Add, Report, Surroundings, Verb, device_data, 
 from ota.publisher.repository import Clock, Repository, system_clock
 from ota.publisher.settings import Settings
 
-EXIT_USAGE = 64
 _DEFAULT_SPREAD_S = 60
+_NO_IMAGES = "  golden vectors are of generated inputs; [golden] images in the spec would tell more"
 
 
 def main(
@@ -44,20 +44,17 @@ def main(
         recorder: how models are described and run; without one, `release` refuses.
     """
     out, err = out or sys.stdout, err or sys.stderr
+    arguments = argparse.Namespace(json=False)
     try:
         arguments = _parser().parse_args(argv)
-    except UsageError as e:
-        print(f"error: {e}\nhint: {e.hint}", file=err)
-        return EXIT_USAGE
+        verb: Verb = arguments.verb
+        report = verb(arguments, Surroundings(recorder, now))
     except SystemExit as e:  # --help and --version
         return int(e.code or 0)
-    verb: Verb = arguments.verb
-    try:
-        report = verb(arguments, Surroundings(recorder, now))
     except OtaError as e:
         if arguments.json:
             print(json.dumps({"error": e.reason.value, "message": e.message, "hint": e.hint}), file=out)
-        print(f"error: {e.message}" + (f"\nhint: {e.hint}" if e.hint else ""), file=err)
+        print(f"error: {e.message} [{e.reason.value}]" + (f"\nhint: {e.hint}" if e.hint else ""), file=err)
         return exit_code(e.reason)
     if isinstance(report, int):
         return report
@@ -101,6 +98,7 @@ def _release(arguments: argparse.Namespace, around: Surroundings) -> Report:
     lines = [
         f"{release.line} {release.version} built, counter {release.release_counter}",
         *release_lines(repository, release),
+        *(() if wanted.images else (_NO_IMAGES,)),
         f"next: edge-ota publish {repository.path}",
     ]
     return Report(release_data(repository, release, signed=False), tuple(lines))

@@ -215,8 +215,9 @@ class BlockServer:
         fd, total = payload
         header = Header(request.rid, request.offset, total)
         if request.offset >= total:
-            self.served.refused += 1
-            return self._message(device, header, Status.REFUSED, b"", "")
+            # a device asks within the signed length: what lies here is no longer what was sealed
+            self.served.not_found += 1
+            return self._message(device, header, Status.NOT_FOUND, b"", "")
         block = os.pread(fd, request.length, request.offset)
         return self._message(device, header, Status.OK, block, "")
 

@@ -89,6 +89,14 @@ def load(path: Path, *, model: Path | None = None) -> Spec:
     return parse(table, path.parent, where=path.name, model=model)
 
 
+def lists_components(path: Path) -> bool:
+    """Whether the spec at `path` names its models itself; False also for one that cannot be read."""
+    try:
+        return "component" in tomllib.loads(path.read_text())
+    except (OSError, ValueError):
+        return False
+
+
 def parse(table: Mapping[str, Any], directory: Path, *, where: str = "spec", model: Path | None = None) -> Spec:
     """Check the parsed TOML `table`. See `load`."""
     top = _Table(table, where, _TOP_KEYS)
@@ -106,10 +114,8 @@ def parse(table: Mapping[str, Any], directory: Path, *, where: str = "spec", mod
         "postprocess": _postprocess(top, task),
     }
     golden = top.table("golden", "images")
-    # a model that takes no pictures is recorded on generated tensors
-    images = golden.take(
-        "images", _list(_text(4096), int(task != "raw"), MAX_GOLDEN_IMAGES), *([[]] if task == "raw" else [])
-    )
+    # without pictures of its own, or for a model that takes none, the release is recorded on generated inputs
+    images = golden.take("images", _list(_text(4096), int(task != "raw"), MAX_GOLDEN_IMAGES), [])
     spec = Spec(
         line=check_line(line),
         version=version,

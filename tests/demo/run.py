@@ -105,7 +105,10 @@ class Demo:
         self.fleet.make_repository()
         for version in ("1.0.0", "1.1.0"):
             text = self.fleet.release(PARTS / version / "spec.toml")
-            self.say(text.splitlines()[0] + ": " + "; ".join(line.strip() for line in text.splitlines()[1:-1]))
+            first, *rest = text.splitlines()[:-1]
+            self.say(first)
+            for line in rest:
+                print(f"          {line}")
         self.fleet.publish(LINE, "1.0.0")
         port = self.fleet.start_broker()
         self.fleet.enroll(CONFIG)
@@ -249,10 +252,12 @@ class Demo:
         flows = "; ".join(f"{k} {v['in']}/{v['out']}" for k, v in sorted(status["link"]["bytes"].items()))
         verdicts = self.observer.verdicts("1.0.0")
         passed = [v for v in verdicts if not v["reason"]]
-        others = ", ".join(f"{v['delegate']} {v['min_ms'] / passed[0]['min_ms']:.1f}x" for v in passed[1:])
+        best = passed[0]
+        others = ", ".join(f"{v['delegate']} {v['component']} {v['min_ms'] / best['min_ms']:.2f}x" for v in passed[1:])
         rows = [
             ("isolation, custody", f"{status['isolation']}, {status['custody']['kind']}"),
-            ("delegate", f"{passed[0]['delegate']} ({passed[0]['min_ms']:.2f} ms); alternatives {others or 'none'}"),
+            ("delegate", f"{best['delegate']} with {best['component']}, fastest at {best['min_ms']:.2f} ms a frame"),
+            ("alternatives measured", others or "none"),
             ("probation scale", f"{PROBATION_SCALE:.4f} of 600 s and 900 results"),
             ("frames per second", f"{line['fps']:.1f} of {FPS}"),
             ("stages p50/p95 ms", stages),

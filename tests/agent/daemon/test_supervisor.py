@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from agent import protocol
-from agent.daemon.supervisor import Exit, Supervisor, default_host_command
+from agent.daemon.supervisor import Supervisor, default_host_command
+from agent.daemon.worker import Exit
 from agent.errors import AgentError, Reason, WorkerError
 
 Body = Callable[[Supervisor], Awaitable[None]]

@@ -204,3 +204,14 @@ def test_the_default_tolerance_covers_the_other_delegates_but_no_wrong_one():
     assert atol((-98, 100)) == pytest.approx(0.06)
     assert atol((-98, 100), (-90, 100)) == pytest.approx(0.15)
     assert atol((100, -100)) == pytest.approx(0.2)
+
+
+def test_recorded_floats_are_rounded_well_inside_their_tolerance_and_integers_are_kept() -> None:
+    floats = np.random.default_rng(3).normal(0, 5, 1000).astype(np.float32)
+    kept = golden.rounded(floats, 0.24)
+    assert kept.dtype == np.float32
+    assert np.abs(kept - floats).max() <= 0.24 / 16
+    assert len(np.unique(kept)) < len(np.unique(floats))
+    assert np.array_equal(kept.astype(np.float16).astype(np.float32), kept)
+    integers = np.arange(-128, 128, dtype=np.int8)
+    assert golden.rounded(integers, 3.0) is integers

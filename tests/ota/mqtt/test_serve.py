@@ -109,7 +109,7 @@ def test_blocks_of_a_payload_come_from_any_offset_and_end_with_it(source: Memory
     last = _ask(server, Blob(SHA), 299_999, 65536)
     assert last.payload == PAYLOAD[-1:]
     assert blocks.parse_header(last.correlation) == blocks.Header(9, 299_999, 300_000)
-    assert _status(_ask(server, Blob(SHA), 300_000, 1)) is Status.REFUSED
+    assert _status(_ask(server, Blob(SHA), 300_000, 1)) is Status.NOT_FOUND
     server.close()
 
 

@@ -115,6 +115,10 @@ def test_a_model_that_takes_no_pictures_needs_no_images_and_no_scaling() -> None
     assert (spec.graph["preprocess"]["mean"], spec.graph["preprocess"]["std"]) == ([0.0], [1.0])
 
 
+def test_a_spec_may_leave_the_golden_pictures_to_the_recorder() -> None:
+    assert parse(spec_table(golden=None), HERE, model=MODEL).images == ()
+
+
 def test_a_key_of_another_postprocess_kind_is_unknown() -> None:
     assert "stride: unknown key" in refused(spec_table(postprocess={"kind": "classification", "stride": 4})).message
 
@@ -132,7 +136,6 @@ def test_a_key_of_another_postprocess_kind_is_unknown() -> None:
         ({"labels": ["x" * 81]}, "not a text of 1 to 80"),
         ({"labels": ["x"] * 20_001}, "not a list of 0 to 20000"),
         ({"licence": None}, "licence: missing"),
-        ({"golden": None}, "images: missing"),
         ({"golden": {"images": []}}, "not a list of 1 to 64"),
         ({"golden": []}, "golden: not a table"),
         ({"preprocess": None}, "[preprocess]: mean: missing"),

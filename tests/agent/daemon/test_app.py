@@ -1,0 +1,131 @@
+"""A whole device without a broker: a stick, the end of the daemon in between, and tasks that must not die unnoticed."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from agent import app, config
+from agent.daemon import enroll
+from agent.daemon.keys import FileKeys
+from agent.daemon.updates import UpdateLoop
+from agent.recording import WorkerRecorder
+from ota.client.machine import State
+from ota.publisher import director, publish, sideload, spec
+from ota.publisher import enroll as operator
+from ota.publisher.build import build_release
+from ota.publisher.create import create
+from tests.agent.daemon.conftest import PARTS
+
+CONFIG = """\
+state_dir = "state"
+run_dir = "run"
+workers = "process"
+[[source]]
+name = "belt"
+kind = "video"
+path = "{clip}"
+policy = "live"
+loop = true
+[[line]]
+name = "parts"
+source = "belt"
+explore = "never"
+[update]
+probation_scale = 0.002
+"""
+
+
+@pytest.fixture
+def device(tmp_path: Path, clip: Path) -> config.Config:
+    """An enrolled device; beside its state lies a stick with parts 1.0.0."""
+    (tmp_path / "agent.toml").write_text(CONFIG.format(clip=clip))
+    loaded = config.load(tmp_path / "agent.toml")
+    repository = create(tmp_path / "repo")
+    build_release(repository, spec.load(PARTS / "1.0.0" / "spec.toml"), recorder=WorkerRecorder())
+    publish.publish(repository, [("parts", "1.0.0")])
+    own = FileKeys(loaded.state_dir / "keys").create()
+    answer = operator.enroll(repository, enroll.request("cam-1", own), host="localhost", port=1)
+    enroll.install(answer.bundle, own, loaded.state_dir)
+    director.grant(repository, "cam-1", "parts", "1.0.0")
+    sideload.write_sideload(repository, "cam-1", tmp_path / "stick")
+    return loaded
+
+
+async def post_sideload(loaded: config.Config, stick: Path) -> asyncio.StreamWriter:
+    _, writer = await asyncio.open_unix_connection(str(loaded.control_socket))
+    body = json.dumps({"path": str(stick)}).encode()
+    writer.write(b"POST /sideload HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n%s" % (len(body), body))
+    return writer
+
+
+def test_a_sideload_that_the_end_of_the_daemon_interrupts_is_not_held_against_the_release(
+    device: config.Config, tmp_path: Path
+) -> None:
+    async def interrupted() -> Any:
+        daemon = app.Device(device, {}, online=False)
+        await daemon.start()
+        writer = await post_sideload(device, tmp_path / "stick")
+        async with asyncio.timeout(20):
+            while daemon._updater.record.line("parts").state is not State.TESTING:
+                await asyncio.sleep(0.01)
+        await asyncio.sleep(0.2)
+        await daemon.stop()
+        writer.close()
+        return daemon._updater.record.line("parts")
+
+    record = asyncio.run(interrupted())
+    assert record.quarantine == {}
+    assert record.candidate is not None
+
+    async def again() -> dict[str, Any]:
+        daemon = app.Device(device, {}, online=False)
+        await daemon.start()
+        try:
+            await daemon.sideload(tmp_path / "stick")
+            status: dict[str, Any] = daemon.status()
+            return status
+        finally:
+            await daemon.stop()
+
+    line = asyncio.run(again())["lines"]["parts"]
+    assert (line["version"], line["committed"]) == ("1.0.0", "1.0.0")
+
+
+def test_a_daemon_whose_heartbeat_died_ends_with_a_failure(
+    device: config.Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def broken(_: app.Device) -> None:
+        raise RuntimeError("an accident")
+
+    monkeypatch.setattr(app.Device, "_tick", broken)
+    assert app.run_daemon(device, {}) == 70
+
+
+def test_an_accident_in_one_look_does_not_end_all_looking(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("agent.daemon.updates.RETRY_S", (0.01, 0.02))
+    looks = []
+
+    async def main() -> None:
+        async def look() -> bool:
+            looks.append(1)
+            if len(looks) < 3:
+                raise OverflowError("int too large to convert to float")
+            return False
+
+        loop = UpdateLoop(look, lambda: True, poll_s=60, rng=random.Random(1))
+        loop._retry_s = 0.01
+        task = asyncio.create_task(loop.run())
+        loop.poke()
+        async with asyncio.timeout(5):
+            while len(looks) < 3:
+                await asyncio.sleep(0.01)
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+
+    asyncio.run(main())
