@@ -112,12 +112,9 @@ async def sideload(updater: Updater, words: LastWords, path: Path, device: str) 
     Raises:
         OtaError: `not_for_this_device` when nothing there is for `device`; else why the first line was not installed.
     """
+    anew = f"edge-ota bundle REPO {device} DIRECTORY writes it anew"
     if not os.path.lexists(path / "devices" / device / "desired.json"):
-        raise OtaError(
-            Reason.NOT_FOR_THIS_DEVICE,
-            f"{path} holds nothing for {device}",
-            hint=f"edge-ota bundle REPO {device} DIRECTORY makes one that does",
-        )
+        raise OtaError(Reason.NOT_FOR_THIS_DEVICE, f"{path} holds nothing for {device}", hint=anew)
     known = words.now.get(DEVICE)
     try:
         events = await updater.sideload(path)
@@ -126,6 +123,6 @@ async def sideload(updater: Updater, words: LastWords, path: Path, device: str) 
         words.put_back(DEVICE, known)
     for event in events:
         if event.reason is not None:
-            raise OtaError(event.reason, event.message, hint=event.hint)
+            raise OtaError(event.reason, event.message, hint=event.hint or anew)
     said = {"up_to_date": "is installed already"}
     return {event.line: f"{event.version} {said.get(event.outcome or '', event.outcome)}" for event in events}

@@ -41,6 +41,18 @@ def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.fixture(scope="session")
+def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A publisher's folder to copy: its repository `repo` has parts 1.0.0 published and 1.1.0 built."""
+    made = Fleet(tmp_path_factory.mktemp("publisher"))
+    made.make_repository()
+    made.release(PARTS / "1.0.0" / "spec.toml")
+    made.publish("parts", "1.0.0")
+    made.release(PARTS / "1.1.0" / "spec.toml")
+    made.stop()
+    return made.folder
+
+
 @pytest.fixture
 def fleet(tmp_path: Path, clip: Path) -> Iterator[Fleet]:
     """Release parts 1.0.0 published, device enrolled, broker and block server up, nothing granted, no daemon yet."""
