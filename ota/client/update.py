@@ -52,6 +52,10 @@ class Details(TypedDict, total=False):
     probation: Probation
 
 
+# a delta that is not there, or whose blocks are wrong wherever they come from, is no reason not to update
+_NO_DELTA = (Reason.NOT_FOUND, Reason.TRANSFER_CORRUPT)
+
+
 @dataclass(frozen=True, slots=True)
 class Parts:
     """What every update of this device works with."""
@@ -231,11 +235,11 @@ class Update:
             try:
                 await self._parts.inbox.fetch(chosen.payload, self._transports, self._counts)
             except TransferError as e:
-                if not chosen.is_delta or e.reason is not Reason.NOT_FOUND:
+                if not chosen.is_delta or e.reason not in _NO_DELTA:
                     raise
                 self._parts.inbox.discard(chosen.payload)
                 waiting[position] = chosen.full()
-                self._tell(release.version, Reason.NOT_FOUND, f"{e.message}; the full payload is fetched instead")
+                self._tell(release.version, e.reason, f"{e.message}; the full payload is fetched instead")
                 await self._parts.inbox.fetch(chosen.component.full, self._transports, self._counts)
         self._say(machine.PayloadsFetched(), release.version)
 

@@ -120,7 +120,7 @@ def test_a_delta_from_the_installed_release_is_fetched_instead_of_the_full_paylo
     assert committed.host.serving[LINE][1] == _tuned(old.plain["int8"])
 
 
-@pytest.mark.parametrize("fault", ["other_result", "crash", "missing", "base_damaged"])
+@pytest.mark.parametrize("fault", ["other_result", "crash", "missing", "flipped_blocks", "base_damaged"])
 def test_a_delta_that_fails_falls_back_to_the_full_payload_once_and_says_so(committed: Device, fault: str) -> None:
     old = committed.repository.built[LINE, "1.0.0"]
     new = _tuned(old.plain["int8"])
@@ -139,6 +139,10 @@ def test_a_delta_that_fails_falls_back_to_the_full_payload_once_and_says_so(comm
         full = {c["full"]["sha256"] for c in _files(committed, "1.1.0")}
         for digest in {d["payload"]["sha256"] for c in _files(committed, "1.1.0") for d in c["deltas"]} - full:
             del committed.repository.payloads[digest]
+    if fault == "flipped_blocks":
+        expected = Reason.TRANSFER_CORRUPT
+        deltas = {d["payload"]["sha256"] for c in _files(committed, "1.1.0") for d in c["deltas"]}
+        committed.transport.on_block = lambda digest, _, data: (data[:-1] + b"?") if digest in deltas else data
     if fault == "base_damaged":
         expected = Reason.PAYLOAD_CORRUPT
         path = committed.disk / "store" / f"{sha256(old.plain['int8'])}.cbs"
