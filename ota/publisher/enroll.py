@@ -22,9 +22,9 @@ from cryptography.x509.oid import NameOID
 
 from ota import payload, strictjson
 from ota.errors import PublishError, Reason
+from ota.payload import key_id
 from ota.publisher import files
 from ota.publisher.certificates import certificate_pem
-from ota.publisher.keys import key_id
 from ota.publisher.repository import Repository, check_device
 
 FORMAT = 1

@@ -7,7 +7,6 @@ Invariant: a key readable by anybody but its owner is refused, not used.
 
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
 from typing import TypeVar
 
@@ -32,11 +31,6 @@ _Key = TypeVar("_Key", Ed25519PrivateKey, X25519PrivateKey, EllipticCurvePrivate
 def release_role(line: str) -> str:
     """Name of the TUF role, and of the key, that signs the releases of `line`."""
     return f"release-{line}"
-
-
-def key_id(hpke_public: bytes) -> str:
-    """`kid`: which HPKE key a grant was made for; 16 hex digits."""
-    return hashlib.sha256(hpke_public).hexdigest()[:16]
 
 
 def private_pem(key: PrivateKeyTypes) -> bytes:
