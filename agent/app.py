@@ -487,7 +487,6 @@ def run_daemon(config: Config, environment: Mapping[str, str], host_command: Seq
             await device.stop()
         return EXIT_SOFTWARE if device.failed.is_set() else 0
 
-    os.umask(0o077)
     with locked(config.state_dir):
         return asyncio.run(serve())
 
@@ -507,7 +506,6 @@ def sideload_once(config: Config, environment: Mapping[str, str], path: Path) ->
         finally:
             await device.stop()
 
-    os.umask(0o077)
     become_owner(config.state_dir)
     # the service's run directory went with it, and the workers' unit waits for a daemon there
     with locked(config.state_dir), tempfile.TemporaryDirectory(prefix="edge-sideload-") as run_dir:

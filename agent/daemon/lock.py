@@ -14,11 +14,21 @@ from agent.errors import ControlError, Reason
 
 @contextlib.contextmanager
 def locked(state_dir: Path) -> Iterator[None]:
-    """Hold `state_dir` for this process alone; it is created when absent.
+    """Hold `state_dir` for this process alone; it is created when absent. Files made meanwhile are the owner's alone.
 
     Raises:
         ControlError: `state_unwritable`, or `daemon_running` when another process holds it.
     """
+    umask = os.umask(0o077)
+    try:
+        with _flock(state_dir):
+            yield
+    finally:
+        os.umask(umask)
+
+
+@contextlib.contextmanager
+def _flock(state_dir: Path) -> Iterator[None]:
     try:
         state_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
         fd = os.open(state_dir / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)

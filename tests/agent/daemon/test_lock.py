@@ -35,6 +35,18 @@ def test_an_error_inside_is_not_taken_for_a_second_daemon(tmp_path: Path) -> Non
         raise BlockingIOError
 
 
+def test_files_made_meanwhile_are_the_owners_alone_and_later_ones_are_not(tmp_path: Path) -> None:
+    before = os.umask(0o022)
+    try:
+        with locked(tmp_path / "state"):
+            (tmp_path / "inside").touch()
+        (tmp_path / "after").touch()
+    finally:
+        os.umask(before)
+    modes = {name: (tmp_path / name).stat().st_mode & 0o777 for name in ("inside", "after")}
+    assert modes == {"inside": 0o600, "after": 0o644}
+
+
 def test_root_goes_on_as_the_user_the_directory_belongs_to(tmp_path: Path) -> None:
     if os.geteuid() != 0:
         pytest.skip("needs root to become somebody else")
