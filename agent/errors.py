@@ -87,10 +87,6 @@ class CustodyError(AgentError):
     """A key or credential is absent or kept unsafely."""
 
 
-class LinkError(AgentError):
-    """The broker cannot be reached, or refuses."""
-
-
 class ControlError(AgentError):
     """A command cannot be carried out by the daemon."""
 

@@ -146,13 +146,6 @@ def context_of(line: str, version: str, component: Component, payload: Payload) 
     return payload_context(line, version, component.name, kind, component.plain_sha256, component.plain_length)
 
 
-def iter_chunks(data: bytes | memoryview, size: int = 1 << 20) -> Iterator[bytes]:
-    """Slices of `data`, so that one decryptor call never holds all of it twice."""
-    view = memoryview(data)
-    for start in range(0, len(view), size):
-        yield bytes(view[start : start + size])
-
-
 def seal_chunks(chunks: Iterable[bytes], key: bytes, context: bytes) -> Iterator[bytes]:
     """Encrypt `chunks` one after the other, so that a large plaintext is never held twice."""
     encryptor = Cobblestone256Encryptor(key, context)

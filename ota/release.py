@@ -78,10 +78,6 @@ class Component:
     inputs: tuple[Mapping[str, Any], ...]
     outputs: tuple[Mapping[str, Any], ...]
 
-    def delta_from(self, base_sha256: str) -> Delta | None:
-        """The delta against the plaintext `base_sha256`, if this release carries one."""
-        return next((d for d in self.deltas if d.base_sha256 == base_sha256), None)
-
 
 @dataclass(frozen=True, slots=True)
 class Budgets:

@@ -36,6 +36,7 @@ MAX_PROBATION_CRASHES = 2
 SYNTHETIC_BEATS = 3
 MAX_KEPT_VERDICTS = 32
 MAX_VERDICTS_BYTES = 1 << 20
+VERDICTS_NAME = "verdicts.json"
 
 # what a worker's fault means for the release under trial; all else is the device's own trouble
 _REJECTIONS = {
@@ -79,7 +80,6 @@ class ModelHost:
         self._on_verdicts = on_verdicts
         self._trials = TrialRunner(supervisor, config.update)
         self._verdicts: dict[str, list[Verdict]] = _load_verdicts(config.state_dir / VERDICTS_NAME)
-        self._activated_at: dict[str, float] = {}
 
     def verdicts(self, line: str) -> list[Verdict]:
         """The last verdicts on every component of `line`; empty before the first trial."""
@@ -262,9 +262,6 @@ class ModelHost:
             self._write(VERDICTS_NAME, json.dumps(document, indent=1).encode())
         except OtaError as e:
             log.warning("verdicts are not kept: %s", e.message, extra={"reason": e.reason.value})
-
-
-VERDICTS_NAME = "verdicts.json"
 
 
 def _busy(error: AgentError) -> OtaError:

@@ -37,7 +37,6 @@ DEATH_NEWS_S = 0.5
 class Tally:
     """What a serving worker has done since it was put to work; read by probation."""
 
-    since: float = field(default_factory=time.monotonic)
     results: int = 0
     crashes: int = 0
     last_crash: Reason | None = None

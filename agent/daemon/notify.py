@@ -13,9 +13,6 @@ class Notifier:
     def __init__(self, environment: Mapping[str, str] = os.environ) -> None:
         address = environment.get("NOTIFY_SOCKET", "")
         self._address = "\0" + address[1:] if address.startswith("@") else address
-        usec = environment.get("WATCHDOG_USEC", "")
-        # half the limit, so that one late beat does not restart the service
-        self.watchdog_s: float | None = int(usec) / 2e6 if usec.isdigit() else None
 
     def send(self, *lines: str) -> None:
         """Send assignments such as `READY=1`; errors are ignored, as a missing manager is not a fault."""

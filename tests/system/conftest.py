@@ -22,8 +22,13 @@ def machine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Device]:
         pytest.skip(reason)
     shared = tree.ROOT.parent / "shared" / "data"
     binds: dict[Path, str] = {shared: "/opt/shared-data"} if shared.is_dir() else {}
-    with tree.tree() as root, booted(root, tmp_path_factory.mktemp("container"), binds) as device:
-        yield device
+    # whoever runs the tests may keep files to himself; the container's users must be able to read their system
+    umask = os.umask(0o022)
+    try:
+        with tree.tree() as root, booted(root, tmp_path_factory.mktemp("container"), binds) as device:
+            yield device
+    finally:
+        os.umask(umask)
 
 
 @pytest.fixture
