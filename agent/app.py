@@ -349,7 +349,7 @@ class Device:
             self.telemetry.event("rollback_refused", facts, alarm=True)
 
     def _hint(self, hint: Hint, delay_s: float) -> None:
-        asyncio.get_running_loop().call_later(delay_s, self._updates.poke)
+        self._updates.poke(delay_s)
 
     def _on_update(self, event: UpdateEvent) -> None:
         self._words.add(event)

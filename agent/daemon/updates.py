@@ -43,12 +43,18 @@ class UpdateLoop:
         self._delayed: asyncio.TimerHandle | None = None
         self._retry_s = RETRY_S[0]
 
-    def poke(self, spread_s: float = 0.0) -> None:
-        """Look soon: after a random part of `spread_s`, so that a fleet does not come all at once."""
-        delay_s = self._rng.uniform(0, spread_s) if spread_s > 0 else 0.0
+    def poke(self, delay_s: float = 0.0) -> None:
+        """Look after `delay_s`; of two wishes the earlier one serves both."""
+        loop = asyncio.get_running_loop()
         if self._delayed is not None:
+            if self._delayed.when() <= loop.time() + delay_s:
+                return
             self._delayed.cancel()
-        self._delayed = asyncio.get_running_loop().call_later(delay_s, self._wake.set)
+        self._delayed = loop.call_later(delay_s, self._due)
+
+    def _due(self) -> None:
+        self._delayed = None
+        self._wake.set()
 
     async def run(self) -> None:
         """Look, wait, look again, until cancelled."""

@@ -12,6 +12,7 @@ import pytest
 from tests.demo.fleet import PARTS, Fleet
 from tests.demo.observer import Observer
 from tests.fakes.broker import Broker
+from tests.integration.console import watching
 
 CONFIG = """\
 state_dir = "state"
@@ -74,7 +75,5 @@ def fleet(tmp_path: Path, clip: Path) -> Iterator[Fleet]:
 @pytest.fixture
 def observer(fleet: Fleet) -> Iterator[Observer]:
     """Hears what the device says."""
-    assert fleet.broker is not None
-    seen = Observer(fleet.keys, fleet.broker.port, fleet.tenant, fleet.device)
-    yield seen
-    seen.close()
+    with watching(fleet) as seen:
+        yield seen

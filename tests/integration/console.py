@@ -253,3 +253,14 @@ def make_fleet(folder: Path, repository: Path, clip: Path, *, update: str = QUIC
     fleet.enroll(device.configure(update))
     fleet.start_server()
     return fleet, device
+
+
+@contextmanager
+def watching(fleet: Fleet) -> Iterator[Observer]:
+    """An observer of the fleet's device, for a while."""
+    assert fleet.broker is not None
+    seen = Observer(fleet.keys, fleet.broker.port, fleet.tenant, fleet.device)
+    try:
+        yield seen
+    finally:
+        seen.close()

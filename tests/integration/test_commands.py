@@ -31,6 +31,7 @@ from tests.integration.console import (
     run,
     unchanged,
     until,
+    watching,
 )
 from tests.integration.models import classifier
 
@@ -65,11 +66,8 @@ def device(tmp_path_factory: pytest.TempPathFactory, repository: Path, clip: Pat
 @pytest.fixture(scope="module")
 def observer(device: Device) -> Iterator[Observer]:
     """Hears what the device says."""
-    fleet = device.fleet
-    assert fleet.broker is not None
-    seen = Observer(fleet.keys, fleet.broker.port, fleet.tenant, fleet.device)
-    yield seen
-    seen.close()
+    with watching(device.fleet) as seen:
+        yield seen
 
 
 @pytest.fixture

@@ -18,7 +18,7 @@ from ota.publisher.repository import Repository
 from tests.demo.fleet import PARTS, Fleet
 from tests.demo.observer import Observer
 from tests.fakes.broker import Broker
-from tests.integration.console import Device, did, refused, run
+from tests.integration.console import Device, did, refused, run, watching
 from tests.integration.models import branching, classifier
 
 PICTURE = PARTS / "golden" / "day.jpg"
@@ -104,11 +104,8 @@ def device(tmp_path_factory: pytest.TempPathFactory, clip: Path) -> Iterator[Dev
 @pytest.fixture(scope="module")
 def observer(device: Device) -> Iterator[Observer]:
     """Hears what the device says."""
-    fleet = device.fleet
-    assert fleet.broker is not None
-    seen = Observer(fleet.keys, fleet.broker.port, fleet.tenant, fleet.device)
-    yield seen
-    seen.close()
+    with watching(device.fleet) as seen:
+        yield seen
 
 
 def test_bench_measures_every_delegate_that_takes_the_file(own: Own, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from ota.publisher.publish import publish
 from tests.demo.fleet import PARTS, VECTORS, build_bad_release, damaged_copy
 from tests.demo.observer import Observer
 from tests.fakes.broker import Broker
-from tests.integration.console import QUICK, Device, did, ended, make_fleet, refused, until
+from tests.integration.console import QUICK, Device, did, ended, make_fleet, refused, until, watching
 
 NEVER_ENDING = "probation_s = 3600\nrun_timeout_s = 3"
 
@@ -35,12 +35,9 @@ def device(tmp_path_factory: pytest.TempPathFactory, repository: Path, clip: Pat
 @pytest.fixture(scope="module")
 def observer(device: Device) -> Iterator[Observer]:
     """Hears what the device says, from 1.0.0 being committed on."""
-    fleet = device.fleet
-    assert fleet.broker is not None
-    seen = Observer(fleet.keys, fleet.broker.port, fleet.tenant, fleet.device)
-    assert device.grant(seen, "1.0.0")["outcome"] == "committed"
-    yield seen
-    seen.close()
+    with watching(device.fleet) as seen:
+        assert device.grant(seen, "1.0.0")["outcome"] == "committed"
+        yield seen
 
 
 def restart(device: Device, update: str) -> None:
