@@ -6,7 +6,6 @@ import collections
 import json
 import ssl
 import threading
-import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -55,7 +54,7 @@ class Observer:
                     self.answers[seq] += 1
                     self.dropped[seq] = reason
             for event in body.get("events", ()):
-                self.events.append({"kind": event["kind"], "heard_s": time.monotonic(), **event["facts"]})
+                self.events.append({"kind": event["kind"], **event["facts"]})
             self._changed.notify_all()
 
     def wait(self, what: str, ready: Callable[[], Any], timeout_s: float) -> Any:

@@ -69,6 +69,8 @@ class Demo:
         self.began_s = time.monotonic()
         self.rows: list[tuple[str, str]] = []
         self.outcomes: list[tuple[str, dict[str, Any]]] = []
+        # the last frame known to be answered by 1.0.0, and the first known to be answered by 1.1.0
+        self.last_old = self.first_new = 0
 
     def say(self, text: str) -> None:
         """One line with the time since the start."""
@@ -134,12 +136,14 @@ class Demo:
     def replace_by_delta(self) -> tuple[int, int]:
         """Release 1.1.0 comes as a delta over MQTT while frames flow."""
         first = (self.observer.last_seq() // CLIP_FRAMES) * CLIP_FRAMES
+        self.last_old = self.observer.last_seq()
         published_s = time.monotonic()
         self.fleet.publish(LINE, "1.1.0")
         self.fleet.grant(LINE, "1.1.0")
         self.say("1.1.0 published and granted")
         ended = self.end_of("1.1.0", "committed")
         took_s = time.monotonic() - published_s
+        self.first_new = self.observer.last_seq() + 1
         traffic = ended["traffic"]
         expect(traffic["delta_bytes"] > 0, f"1.1.0 was not installed by delta: {traffic}")
         share = traffic["delta_bytes"] / traffic["full_bytes"]
@@ -151,8 +155,10 @@ class Demo:
             ("delta against full", f"{traffic['fetched_bytes']} of {traffic['full_bytes']} bytes ({share:.1%})"),
             ("publish to commit", f"{took_s:.1f} s, of which probation {ended['probation']['seconds']:.1f} s"),
         ]
-        self.observer.answered_through(first + 2 * CLIP_FRAMES - 1, 3 * CLIP_SECONDS)
-        return first, first + 2 * CLIP_FRAMES
+        # whole rounds of the clip, the last of them seen by 1.1.0 from end to end
+        end = max(first + 2 * CLIP_FRAMES, self.first_new + CLIP_FRAMES)
+        self.observer.answered_through(end - 1, 3 * CLIP_SECONDS)
+        return first, end
 
     def refuse_bad_releases(self) -> None:
         """Three releases, correctly signed and sealed, that this device must not run."""
@@ -205,12 +211,11 @@ class Demo:
 
     def draw(self) -> None:
         """Day and evening under both releases."""
-        commit = next(e for e in self.observer.events if e.get("version") == "1.1.0" and e.get("state") == "probation")
         panels = []
         clip = self.folder / "clip.avi"
         for place, light in ((CLIP_FRAMES // 6, "day"), (CLIP_FRAMES - 15, "evening")):
             frame = picture.frame_at(clip, place)
-            for version, seq in self.sequences(place, commit["heard_s"]):
+            for version, seq in self.sequences(place):
                 latency_ms, items = self.observer.results[seq]
                 title = f"release {version}, {light}: frame {seq}, {len(items)} parts, {latency_ms:.1f} ms"
                 panels.append(picture.annotate(frame, items, title))
@@ -220,11 +225,13 @@ class Demo:
 
     # --- small things ------------------------------------------------------------------------------------------------
 
-    def sequences(self, place: int, _commit_s: float) -> list[tuple[str, int]]:
-        """Frames that show `place` of the clip: in the first round under 1.0.0, and in the round after the swap."""
-        rounds = [seq for seq in sorted(self.observer.results) if seq % CLIP_FRAMES == place]
-        expect(len(rounds) >= 4, f"place {place} of the clip was answered {len(rounds)} times only")
-        return [("1.0.0", rounds[1]), ("1.1.0", rounds[3])]
+    def sequences(self, place: int) -> list[tuple[str, int]]:
+        """Frames that show `place` of the clip: the last before 1.1.0 was published, the first after its commit."""
+        seen = [seq for seq in sorted(self.observer.results) if seq % CLIP_FRAMES == place]
+        old = [seq for seq in seen if seq <= self.last_old]
+        new = [seq for seq in seen if seq >= self.first_new]
+        expect(bool(old and new), f"place {place} of the clip was not answered by both releases")
+        return [("1.0.0", old[-1]), ("1.1.0", new[0])]
 
     def end_of(self, version: str, outcome: str) -> dict[str, Any]:
         """Wait for the end of an update, which must be `outcome`."""
