@@ -4,13 +4,18 @@ PYTHON ?=
 ARGS ?=
 python := $(VENV)/bin/python
 
-.PHONY: help setup demo test lint bench
+.PHONY: help setup demo test lint bench faults fuzz crash kills vm
 
 help:
 	@echo "make demo    the product on this machine: broker, publisher, device, a model replaced over the air"
 	@echo "make test    the test suite, ruff and mypy     (ARGS='-k ring' passes arguments to pytest)"
 	@echo "make lint    ruff and mypy"
 	@echo "make bench   the benchmarks"
+	@echo "make faults  every row of the fault list: claimed by a test that passes, and that misses its guard"
+	@echo "make fuzz    mutated input for every parser     (ARGS='--seconds 600')"
+	@echo "make crash   every state a power cut can leave of every scene    (ARGS='--all' for all of them)"
+	@echo "make kills   a thousand kills of a real updating process         (ARGS='--count 5000 --power 200')"
+	@echo "make vm      long absences and power cuts in a virtual machine    (root; ARGS='--cuts 10')"
 
 setup:
 	@PYTHON='$(PYTHON)' packaging/setup.sh '$(VENV)'
@@ -22,7 +27,7 @@ demo: setup
 test: setup
 	@status=0; \
 	$(MAKE) --no-print-directory lint || status=1; \
-	$(python) -m pytest $(ARGS) || status=1; \
+	$(python) -m pytest -n 4 --no-loadscope-reorder $(ARGS) || status=1; \
 	exit $$status
 
 lint: setup
@@ -33,3 +38,18 @@ lint: setup
 
 bench: setup
 	@$(python) tests/bench/run.py $(ARGS)
+
+faults: setup
+	@$(python) -m tests.meta.faults $(ARGS)
+
+fuzz: setup
+	@$(python) -m tests.fuzz.campaign $(ARGS)
+
+crash: setup
+	@$(python) tests/crash/run.py $(ARGS)
+
+kills: setup
+	@$(python) tests/crash/kills.py $(ARGS)
+
+vm: setup
+	@$(python) tests/vm/run.py $(ARGS)

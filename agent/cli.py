@@ -14,15 +14,23 @@ import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, Protocol
 
-from agent import __version__, config
+from agent import __version__, config, screen
 from agent.errors import AgentError, ConfigError, Reason
 from agent.errors import exit_code as agent_exit_code
 from ota.errors import OtaError
 from ota.errors import exit_code as ota_exit_code
 
 SIDELOAD_TIMEOUT_S = 3600.0
+
+_Verb = Callable[[argparse.Namespace], int]
+
+
+class _Add(Protocol):
+    """Adds a verb to the command."""
+
+    def __call__(self, name: str, verb: _Verb, text: str, *, needs_config: bool = True) -> argparse.ArgumentParser: ...
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -34,119 +42,141 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not hasattr(args, "verb"):
             parser.print_help(sys.stderr)
             return agent_exit_code(Reason.BAD_USAGE)
-        verb: Callable[[argparse.Namespace], int] = args.verb
+        verb: _Verb = args.verb
         return verb(args)
     except AgentError as e:
-        return _complain(args, e.reason.value, e.message, e.hint, agent_exit_code(e.reason))
+        return screen.complain(args, e.reason.value, e.message, e.hint, agent_exit_code(e.reason))
     except OtaError as e:
-        return _complain(args, e.reason.value, e.message, e.hint, ota_exit_code(e.reason))
+        return screen.complain(args, e.reason.value, e.message, e.hint, ota_exit_code(e.reason))
     except BrokenPipeError:
         return 0
     except KeyboardInterrupt:
         return 130
 
 
-def _complain(args: argparse.Namespace, reason: str, message: str, hint: str, code: int) -> int:
-    if getattr(args, "json", False):
-        print(json.dumps({"reason": reason, "message": message, "hint": hint}))
-    print(f"error: {_printable(message)} [{reason}]", file=sys.stderr)
-    if hint:
-        print(f"hint: {_printable(hint)}", file=sys.stderr)
-    return code
-
-
-def _printable(text: str) -> str:
-    """Names come from models, sticks and peers: a terminal must not obey them."""
-    return "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)
-
-
 # --- verbs -----------------------------------------------------------------------------------------------------------
 
 
 def _run(args: argparse.Namespace) -> int:
-    from agent import app, logs
+    from agent import logs, service
 
     logs.set_up(args.log_level)
-    return app.run_daemon(config.load(args.config), os.environ)
+    return service.run_daemon(config.load(args.config), os.environ)
 
 
 def _status(args: argparse.Namespace) -> int:
     from agent import client
 
-    status = client.ask(config.load(args.config), "GET", "/modules" if args.modules else "/status")
+    status = client.ask(client.located(args.config), "GET", "/modules" if args.modules else "/status")
     if args.modules:
-        return _answer(args, status)
+        return screen.answer(args, status)
     if args.json:
         print(json.dumps(status, indent=1))
     else:
-        _print_status(status)
+        screen.status(status)
     return 0
 
 
 def _metrics(args: argparse.Namespace) -> int:
     from agent import client
 
-    sys.stdout.write(client.ask_text(config.load(args.config), "GET", "/metrics"))
+    sys.stdout.write(client.ask_text(client.located(args.config), "GET", "/metrics"))
     return 0
 
 
-def _check(args: argparse.Namespace) -> int:
+def _update(args: argparse.Namespace) -> int:
     from agent import client
 
-    return _answer(args, client.ask(config.load(args.config), "POST", "/check"))
+    if (args.line is None) is (args.action != "check"):
+        wanted = f"{args.action} needs a LINE" if args.line is None else "check takes no LINE"
+        raise ConfigError(Reason.BAD_USAGE, wanted, hint="edge-agent status lists the lines")
+    body = {} if args.line is None else {"line": args.line}
+    answer = client.ask(client.located(args.config), "POST", f"/{args.action}", body, timeout_s=SIDELOAD_TIMEOUT_S)
+    return screen.answer(args, answer)
 
 
 def _rollback(args: argparse.Namespace) -> int:
     from agent import client
 
-    loaded = config.load(args.config)
-    return _answer(args, client.ask(loaded, "POST", "/rollback", {"line": args.line}, timeout_s=SIDELOAD_TIMEOUT_S))
+    loaded = client.located(args.config)
+    return screen.answer(
+        args, client.ask(loaded, "POST", "/rollback", {"line": args.line}, timeout_s=SIDELOAD_TIMEOUT_S)
+    )
 
 
 def _sideload(args: argparse.Namespace) -> int:
     from agent import client
 
-    loaded = config.load(args.config)
-    if not args.path.is_dir():
+    if args.socket:
+        from agent import logs, rescue
+
+        logs.set_up("INFO")
+        return rescue.serve(config.load(args.config), os.environ)
+    if args.path is None or not args.path.exists():
         raise ConfigError(
-            Reason.BAD_USAGE, f"{args.path} is not a directory", hint="edge-ota bundle REPO DEVICE DIRECTORY makes one"
+            Reason.BAD_USAGE,
+            f"{args.path} does not exist" if args.path else "no PATH is named",
+            hint="edge-ota bundle REPO DEVICE OUT makes a stick",
         )
-    body = {"path": str(args.path.absolute())}
-    if client.daemon_runs(loaded):
-        answer = client.ask(loaded, "POST", "/sideload", body, timeout_s=SIDELOAD_TIMEOUT_S)
+    loaded = client.located(args.config)
+    body = {"path": str(args.path.absolute()), "allow_expired": args.allow_expired}
+    if (reachable := client.who_installs(loaded)) is not None:
+        answer = client.ask(reachable, "POST", "/sideload", body, timeout_s=SIDELOAD_TIMEOUT_S)
     else:
-        from agent import app, logs
+        from agent import logs, service
+        from agent.daemon import askers
 
         logs.set_up("ERROR")  # how the update ended is this command's answer
-        answer = app.sideload_once(loaded, os.environ, args.path.absolute())
-    return _answer(args, answer)
+        asker = askers.of_user(os.getuid())
+        answer = service.sideload_once(
+            loaded, os.environ, args.path.absolute(), asker, allow_expired=args.allow_expired
+        )
+    return screen.answer(args, answer)
+
+
+def _clock(args: argparse.Namespace) -> int:
+    from agent.daemon import clock
+
+    floor = clock.read_floor(config.load(args.config).state_dir)
+    if floor.damaged or floor.beyond:
+        ignored = f"{floor.damaged} damaged records and {floor.beyond} dates too far ahead are ignored"
+        print(f"note: {ignored}", file=sys.stderr)
+    verdict, before = clock.raise_clock(clock.SystemKernel(), floor.moment)
+    shown = {"verdict": verdict.value, "clock": before.isoformat(), "floor": floor.moment.isoformat()}
+    return screen.answer(args, shown)
 
 
 def _enroll(args: argparse.Namespace) -> int:
-    from agent.daemon import enroll, keys
+    from agent import lifeverbs
+
+    return lifeverbs.enroll(args)
+
+
+def _reset(args: argparse.Namespace) -> int:
+    from agent import lifeverbs
+
+    return lifeverbs.reset(args)
+
+
+def _keys(args: argparse.Namespace) -> int:
+    from agent import client
 
     loaded = config.load(args.config)
-    custody = keys.FileKeys(loaded.state_dir / "keys")
-    try:
-        if args.bundle is not None:
-            done = enroll.install(enroll.read(args.bundle), custody.load(), loaded.state_dir)
-            return _answer(args, {"device": done.device, "tenant": done.tenant, "broker": f"{done.host}:{done.port}"})
-        request = enroll.request(enroll.check_device(args.device), custody.create())
-        if args.out is None:
-            sys.stdout.write(request.decode())
-        else:
-            args.out.write_bytes(request)
-            print(
-                f"wrote {args.out}; next: edge-ota enroll REPO {args.out.name} --broker HOST:PORT --out bundle.json",
-                file=sys.stderr,
-            )
-    except OSError as e:
-        raise ConfigError(
-            Reason.STATE_UNWRITABLE,
-            f"{e.filename}: {e.strerror}",
-            hint="run as the user of the service, or set state_dir",
-        ) from e
-    return 0
+    storage = args.storage or not args.hpke
+    if (args.action != "rotate" and (args.storage or args.hpke)) or (args.action != "seal" and args.keep_tls):
+        raise ConfigError(Reason.BAD_USAGE, f"keys {args.action} takes no such option", hint="edge-agent keys --help")
+    if client.daemon_runs(loaded):
+        method, path = ("GET", "/keys") if args.action == "show" else ("POST", f"/keys/{args.action}")
+        body = {"storage": storage, "hpke": args.hpke, "keep_tls": args.keep_tls} if args.action != "show" else None
+        answer = client.ask(loaded, method, path, body, timeout_s=SIDELOAD_TIMEOUT_S)
+    else:
+        from agent import logs, service
+
+        logs.set_up("ERROR")
+        answer = service.keys_once(
+            loaded, os.environ, args.action, storage=storage, hpke=args.hpke, keep_tls=args.keep_tls
+        )
+    return screen.answer(args, answer)
 
 
 def _config_check(args: argparse.Namespace) -> int:
@@ -159,6 +189,34 @@ def _config_check(args: argparse.Namespace) -> int:
         print(f"source {source.name}: {opened.width}x{opened.height} at {opened.fps:g} fps")
     print(f"{args.config}: {len(loaded.sources)} sources, {len(loaded.lines)} lines, profile {chosen.name}")
     return 0
+
+
+def _config_show(args: argparse.Namespace) -> int:
+    from agent import client
+
+    loaded = config.load(args.config)
+    if client.daemon_runs(loaded):
+        return screen.answer(args, client.ask(loaded, "GET", "/config"))
+    from agent import service
+
+    return screen.answer(args, service.config_once(loaded, None))
+
+
+def _config_apply(args: argparse.Namespace) -> int:
+    from agent import client
+
+    loaded = config.load(args.config)
+    if args.file is None:
+        raise ConfigError(Reason.BAD_USAGE, "apply needs a FILE", hint="edge-agent config apply FILE")
+    try:
+        text = args.file.read_text()
+    except (OSError, ValueError) as e:
+        raise ConfigError(Reason.BAD_CONFIG, f"{args.file}: {e}", hint="name a file with settings") from e
+    if client.daemon_runs(loaded):
+        return screen.answer(args, client.apply_settings(loaded, text))
+    from agent import service
+
+    return screen.answer(args, service.config_once(loaded, text))
 
 
 def _config_example(_: argparse.Namespace) -> int:
@@ -175,7 +233,7 @@ def _bench(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps([v.to_json() for v in verdicts], indent=1))
     else:
-        _print_verdicts([v.to_json() for v in verdicts])
+        screen.verdicts([v.to_json() for v in verdicts])
     workbench.best_delegate(verdicts)
     return 0
 
@@ -195,8 +253,8 @@ def _infer(args: argparse.Namespace) -> int:
             failed.append((delegate, e))
             continue
         for name, error in failed:
-            print(f"note: not on {name}: {_printable(error.message)} [{error.reason.value}]", file=sys.stderr)
-        _print_inference(args, loaded.actual, result.stages_us, result.items)
+            print(f"note: not on {name}: {screen.printable(error.message)} [{error.reason.value}]", file=sys.stderr)
+        screen.inference(args, loaded.actual, result.stages_us, result.items)
         return 0
     raise workbench.none_runs(args.model, [error for _, error in failed])
 
@@ -229,72 +287,6 @@ def _graph(args: argparse.Namespace) -> tuple[Mapping[str, Any], Sequence[str]]:
     return loaded.graph, mine[0].outputs if mine else ()
 
 
-# --- printing --------------------------------------------------------------------------------------------------------
-
-
-def _answer(args: argparse.Namespace, answer: Mapping[str, Any]) -> int:
-    if args.json:
-        print(json.dumps(answer, indent=1))
-    else:
-        for key, value in answer.items():
-            print(f"{key}: {_printable(str(value))}")
-    return 0
-
-
-def _print_status(status: Mapping[str, Any]) -> None:
-    device = status["device"]
-    print(f"device     {device['id']}  profile {device['profile']}  agent {device['agent']}")
-    print(f"isolation  {status['isolation']}")
-    print(f"custody    {status['custody']['kind']}: {status['custody']['worth']}")
-    link = status["link"]
-    detail = link["message"] or link["broker"]
-    print(f"link       {link['state']} {_printable(detail)}")
-    for name, source in status["sources"].items():
-        print(f"source     {name}  {source['state']}  {source['frames']} frames {_printable(source['detail'])}")
-    for name, line in status["lines"].items():
-        update = line["update"]
-        running = f"{line['version']} on {line['delegate']}" if line["delegate"] else "nothing runs"
-        figures = f"{line['fps']:.1f} fps  p50 {line['p50_ms']:.2f} ms"
-        print(f"line       {name}  {running}  {figures}  update {update['state']}")
-        if update["reason"]:
-            print(f"           last update: {update['outcome']} ({update['reason']}) {_printable(update['message'])}")
-        _print_verdicts(line["verdicts"], indent="           ")
-    for condition in status["conditions"]:
-        print(f"condition  {condition['type']} {condition['status']}: {_printable(condition['message'])}")
-
-
-def _print_verdicts(verdicts: Sequence[Mapping[str, Any]], indent: str = "") -> None:
-    if not verdicts:
-        return
-    best = min((v["min_ms"] for v in verdicts if not v["reason"]), default=0.0)
-    heads = f"{'min ms':>8} {'p50':>8} {'p95':>8} {'load':>8} {'RSS MB':>7}  verdict"
-    print(f"{indent}{'delegate':16} {'component':14} {heads}")
-    for v in verdicts:
-        row = f"{indent}{v['requested']:16} {v['component'][:14]:14} "
-        if v["reason"]:
-            print(f"{row}{'-':>8} {'-':>8} {'-':>8} {'-':>8} {'-':>7}  {v['reason']}: {_printable(v['message'])[:90]}")
-            continue
-        word = "fastest" if v["min_ms"] == best else f"{v['min_ms'] / best:.1f}x slower" if best else ""
-        figures = (
-            f"{v['min_ms']:8.3f} {v['p50_ms']:8.3f} {v['p95_ms']:8.3f} {v['load_ms']:8.1f} {v['rss_bytes'] / 1e6:7.1f}"
-        )
-        print(f"{row}{figures}  {word}")
-
-
-def _print_inference(args: argparse.Namespace, delegate: str, stages_us: Sequence[int], items: Sequence[Any]) -> None:
-    if args.json:
-        print(json.dumps({"delegate": delegate, "stages_us": list(stages_us), "items": list(items)}, indent=1))
-        return
-    _, pre, run, post = stages_us
-    print(
-        f"{delegate}: preprocess {pre / 1000:.2f} ms, inference {run / 1000:.2f} ms, postprocess {post / 1000:.2f} ms"
-    )
-    for item in items:
-        print("  " + "  ".join(f"{key} {_printable(str(value))}" for key, value in item.items()))
-    if not items:
-        print("  nothing found")
-
-
 # --- arguments -------------------------------------------------------------------------------------------------------
 
 
@@ -311,7 +303,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"edge-agent {__version__}")
     verbs = parser.add_subparsers(metavar="COMMAND")
 
-    def add(name: str, verb: Callable[[argparse.Namespace], int], text: str, *, needs_config: bool = True) -> Any:
+    def add(name: str, verb: _Verb, text: str, *, needs_config: bool = True) -> argparse.ArgumentParser:
         sub = verbs.add_parser(name, help=text, description=text)
         sub.set_defaults(verb=verb)
         sub.add_argument("--json", action="store_true", help="print what a program can read")
@@ -324,19 +316,73 @@ def _parser() -> argparse.ArgumentParser:
     status = add("status", _status, "what runs, on which delegate and why, how the last update ended")
     status.add_argument("--modules", action="store_true", help="the Python modules the daemon has loaded, instead")
     add("metrics", _metrics, "figures in the Prometheus text format")
-    add("update", _check, "look for a new release now")
-    add("rollback", _rollback, "serve the release before the present one").add_argument("line", metavar="LINE")
-    add("sideload", _sideload, "install a release from a directory, without a network").add_argument(
-        "path", type=Path, metavar="DIRECTORY"
+    add("clock", _clock, "raise the system clock to the newest signed date; what edge-agent-clock.service starts")
+    _add_updates(add)
+    _add_custody(add)
+    _add_settings(add)
+    _add_workbench(add)
+    return parser
+
+
+def _add_updates(add: _Add) -> None:
+    update = add("update", _update, "look for a new release now, stop a running update, or lift a quarantine")
+    update.add_argument(
+        "action",
+        nargs="?",
+        choices=("check", "cancel", "retry"),
+        default="check",
+        help="check looks now; cancel ends the update of LINE; retry lets its quarantined releases be tried again",
     )
+    update.add_argument("line", nargs="?", metavar="LINE")
+    add("rollback", _rollback, "serve the release before the present one").add_argument("line", metavar="LINE")
+    stick = add("sideload", _sideload, "install a release from a stick, without a network")
+    stick.add_argument(
+        "path", type=Path, nargs="?", metavar="PATH", help="the directory or .zip that edge-ota bundle wrote"
+    )
+    stick.add_argument(
+        "--allow-expired", action="store_true", help="operators only: take a stick whose dates are past; it is recorded"
+    )
+    stick.add_argument(
+        "--socket",
+        action="store_true",
+        help="answer on the socket from systemd; what edge-agent-sideload.service starts",
+    )
+
+
+def _add_custody(add: _Add) -> None:
     enroll = add("enroll", _enroll, "make the enrolment request, or install the bundle that answers it")
     group = enroll.add_mutually_exclusive_group(required=True)
     group.add_argument("--device", metavar="ID", help="make keys and a request for this device id")
     group.add_argument("--bundle", type=Path, metavar="FILE", help="install the operator's answer")
+    group.add_argument("--server", metavar="URL", help="enrol in one step, with a token, at edge-ota listen")
+    enroll.add_argument("--token", metavar="TOKEN", help="with --server: what edge-ota token printed; - for stdin")
     enroll.add_argument("--out", type=Path, metavar="FILE", help="where the request goes; stdout if absent")
-    check = add("config", _config_check, "test agent.toml, or print an example")
-    check.add_argument("action", choices=("check", "example"))
-    check.set_defaults(verb=lambda args: _config_example(args) if args.action == "example" else _config_check(args))
+    wipe = add("reset", _reset, "factory reset: destroy keys, models, enrolment and settings of this device")
+    wipe.add_argument("--yes", action="store_true", help="do not ask")
+    wipe.add_argument("--owner", action="store_true", help="it changes hands: keep no record that names the old owner")
+    keys = add("keys", _keys, "ids and custody of the device's keys; rotate them; move them under a sealed credential")
+    keys.add_argument("action", choices=("show", "rotate", "seal"))
+    keys.add_argument("--storage", action="store_true", help="rotate what the models are sealed under (the default)")
+    keys.add_argument("--hpke", action="store_true", help="rotate what grants are made for; three are kept")
+    keys.add_argument(
+        "--keep-tls", action="store_true", help="seal all but the TLS key: the device can report that its TPM is gone"
+    )
+
+
+def _add_settings(add: _Add) -> None:
+    settings = add("config", _config_check, "test agent.toml, print an example, or try other settings")
+    actions = {"check": _config_check, "example": _config_example, "show": _config_show, "apply": _config_apply}
+    settings.add_argument(
+        "action",
+        choices=tuple(actions),
+        help="check tests agent.toml; example prints one; show tells which settings are in force; "
+        "apply tries the settings in FILE and goes back if they do not work",
+    )
+    settings.add_argument("file", nargs="?", type=Path, metavar="FILE", help="settings to apply: a whole agent.toml")
+    settings.set_defaults(verb=lambda args: actions[args.action](args))
+
+
+def _add_workbench(add: _Add) -> None:
     for name, verb, text in (
         ("bench", _bench, "measure a model file on every delegate of this board"),
         ("infer", _infer, "run a model file on one picture"),
@@ -347,4 +393,3 @@ def _parser() -> argparse.ArgumentParser:
             sub.add_argument("image", type=Path, metavar="IMAGE", help="a PNG or JPEG file")
         sub.add_argument("--spec", type=Path, metavar="FILE", help="spec.toml with preprocess, postprocess and labels")
         sub.add_argument("--delegate", metavar="NAME", help="only this one, such as litert:xnnpack")
-    return parser

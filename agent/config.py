@@ -6,16 +6,20 @@ It is not where secrets live (see `agent.daemon.keys`) nor where releases are ch
 from __future__ import annotations
 
 import difflib
+import os
 import tomllib
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from agent.errors import ConfigError, Reason
 from agent.profile import DELEGATES
+from ota.client.policy import parse_window
+from ota.client.transports.address import parse_address
 from ota.release import LINE_PATTERN
 
+_SLOWEST_KBIT_S = 16.0
 DEFAULT_PATH = Path("/etc/edge-agent/agent.toml")
 
 
@@ -43,6 +47,15 @@ class LineConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class BrokerConfig:
+    """Where the broker is, instead of what the enrolment says: empty, 0 and None leave that as it is."""
+
+    host: str = ""
+    port: int = 0
+    ca: Path | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class TelemetryConfig:
     """`results`: `all` sends every result, `off` sends none; metrics and events are always sent."""
 
@@ -52,7 +65,12 @@ class TelemetryConfig:
 
 @dataclass(frozen=True, slots=True)
 class UpdateConfig:
-    """Limits of an update. Probation asks for `probation_results` results and `probation_s` seconds, both scaled."""
+    """Limits of an update. Probation asks for `probation_results` results and `probation_s` seconds, both scaled.
+
+    `crash_limit` crashes of a committed release within `crash_window_s` roll it back; new settings that do not bring
+    link and frames within `settings_probation_s` are taken back. `metered`, `on_metered`, `windows` and `rate_kbit_s`
+    (0 for no limit) are what `ota.client.policy` is told; `https` is a second way to the repository, empty for none.
+    """
 
     poll_s: float
     probation_s: float
@@ -60,8 +78,15 @@ class UpdateConfig:
     probation_scale: float
     load_timeout_s: float
     run_timeout_s: float
+    crash_limit: int
+    crash_window_s: float
+    settings_probation_s: float
     trial_memory_mb: int
     metered: bool
+    on_metered: str = "full"
+    windows: tuple[str, ...] = ()
+    rate_kbit_s: float = 0.0
+    https: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +102,7 @@ class Config:
     lines: tuple[LineConfig, ...]
     telemetry: TelemetryConfig
     update: UpdateConfig
+    broker: BrokerConfig = BrokerConfig()
 
     @property
     def control_socket(self) -> Path:
@@ -101,7 +127,7 @@ def load(path: Path) -> Config:
         raise ConfigError(
             Reason.BAD_CONFIG, f"{path} does not exist", hint="edge-agent config example > agent.toml writes one"
         ) from e
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as e:
+    except (OSError, ValueError, RecursionError) as e:  # tomllib: also for integers of thousands of digits
         raise ConfigError(
             Reason.BAD_CONFIG, f"{path}: {e}", hint="mend the file; edge-agent config check tests it"
         ) from e
@@ -117,6 +143,7 @@ def parse(data: Mapping[str, Any], path: Path) -> Config:
     top = _Table(data, f"{path.name}", path.parent)
     telemetry = top.table("telemetry")
     update = top.table("update")
+    broker = top.table("broker")
     config = Config(
         path=path,
         state_dir=top.path("state_dir", "/var/lib/edge-agent"),
@@ -125,6 +152,11 @@ def parse(data: Mapping[str, Any], path: Path) -> Config:
         workers=top.choice("workers", "process", ("process", "unit")),
         sources=tuple(_source(t) for t in top.tables("source")),
         lines=tuple(_line(t) for t in top.tables("line")),
+        broker=BrokerConfig(
+            host=broker.text("host", ""),
+            port=int(broker.number("port", 0, 0, 65535)),
+            ca=broker.path("ca", None) if broker.has("ca") else None,
+        ),
         telemetry=TelemetryConfig(
             results=telemetry.choice("results", "all", ("all", "off")),
             interval_s=telemetry.number("interval_s", 1.0, 0.1, 3600),
@@ -136,11 +168,18 @@ def parse(data: Mapping[str, Any], path: Path) -> Config:
             probation_scale=update.number("probation_scale", 1.0, 0.0001, 100),
             load_timeout_s=update.number("load_timeout_s", 30, 1, 3600),
             run_timeout_s=update.number("run_timeout_s", 10, 0.1, 600),
+            crash_limit=int(update.number("crash_limit", 5, 2, 100)),
+            crash_window_s=update.number("crash_window_s", 600, 1, 86400),
+            settings_probation_s=update.number("settings_probation_s", 120, 1, 3600),
             trial_memory_mb=int(update.number("trial_memory_mb", 1024, 16, 1 << 20)),
             metered=update.flag("metered", False),
+            on_metered=update.choice("on_metered", "full", ("never", "deltas", "full")),
+            windows=tuple(update.parsed("windows", parse_window)),
+            rate_kbit_s=_rate(update),
+            https=_https(update),
         ),
     )
-    for table in (telemetry, update, top):
+    for table in (telemetry, update, broker, top):
         table.finish()
     names = [s.name for s in config.sources]
     for line in config.lines:
@@ -150,6 +189,32 @@ def parse(data: Mapping[str, Any], path: Path) -> Config:
         if len(set(what)) != len(what):
             raise top.bad(f"two tables are called {max(what, key=what.count)!r}", "give each its own name")
     return config
+
+
+def parse_settings(text: str, own: Config) -> Config:
+    """Check settings that are to take the place of `own`, the device's own file; what they leave out has its default,
+    but for where the state lies and how workers run, which stay the device's own.
+
+    Raises:
+        ConfigError: `bad_config`, as `load`, also when they want to move the state, the sockets or the workers.
+    """
+    try:
+        data = tomllib.loads(text)
+    except (ValueError, RecursionError) as e:
+        raise ConfigError(Reason.BAD_CONFIG, f"settings: {e}", hint="mend the settings") from e
+    parsed = parse(data, own.path)
+    for key in ("state_dir", "run_dir", "workers"):
+        if key in data and getattr(parsed, key) != getattr(own, key):
+            raise ConfigError(
+                Reason.BAD_CONFIG,
+                f"settings: {key} = {data[key]!r} is not for settings to change, it is {getattr(own, key)}",
+                hint=f"leave {key} out; change it in {own.path} on the device",
+            )
+    if parsed.broker.ca is not None and not os.access(parsed.broker.ca, os.R_OK):
+        raise ConfigError(
+            Reason.BAD_CONFIG, f"settings: [broker]: ca {parsed.broker.ca} cannot be read", hint="bring the file first"
+        )
+    return replace(parsed, state_dir=own.state_dir, run_dir=own.run_dir, workers=own.workers)
 
 
 _EXAMPLE = """\
@@ -204,6 +269,23 @@ def _line(table: _Table) -> LineConfig:
     return line
 
 
+def _rate(table: _Table) -> float:
+    rate = table.number("rate_kbit_s", 0, 0, 1e7)
+    if 0 < rate < _SLOWEST_KBIT_S:
+        raise table.bad(f"rate_kbit_s = {rate:g} is too slow to ever end", f"use 0 or at least {_SLOWEST_KBIT_S:g}")
+    return rate
+
+
+def _https(table: _Table) -> str:
+    text = table.text("https", "")
+    if text:
+        try:
+            parse_address(text)
+        except ValueError as e:
+            raise table.bad(f"https: {e}", 'write https = "https://host:port/path"') from e
+    return text
+
+
 class _Table:
     """Typed access to one TOML table that remembers which keys were asked for."""
 
@@ -228,6 +310,10 @@ class _Table:
             raise self.bad(f"{key} = {value!r} is not {what}", "see docs/reference/config.md")
         return value
 
+    def has(self, key: str) -> bool:
+        self._known.add(key)
+        return key in self._data
+
     def text(self, key: str, default: str | None) -> str:
         return str(self._get(key, default, (str,), "a text"))
 
@@ -238,14 +324,26 @@ class _Table:
                 raise self.bad(f"{key}: {item!r} is not one of {', '.join(allowed)}", _nearest(str(item), allowed))
         return tuple(value)
 
+    def parsed(self, key: str, parse: Callable[[str], object]) -> list[str]:
+        """A list of texts, each of which `parse` takes without a ValueError."""
+        value = self._get(key, [], (list,), "a list of texts")
+        for item in value:
+            try:
+                parse(str(item))
+            except ValueError as e:
+                raise self.bad(f"{key}: {e}", "see docs/reference/config.md") from e
+        return [str(item) for item in value]
+
     def flag(self, key: str, default: bool) -> bool:
         return bool(self._get(key, default, (bool,), "true or false"))
 
     def number(self, key: str, default: float, low: float, high: float) -> float:
-        value = float(self._get(key, default, (int, float), "a number"))
+        value = self._get(key, default, (int, float), "a number")
+        # compared as it stands: an integer may be too large to become a float
         if not low <= value <= high:
-            raise self.bad(f"{key} = {value:g} is not between {low:g} and {high:g}", "choose a value in that range")
-        return value
+            shown = str(value)[:40]
+            raise self.bad(f"{key} = {shown} is not between {low:g} and {high:g}", "choose a value in that range")
+        return float(value)
 
     def choice(self, key: str, default: str | None, allowed: tuple[str, ...]) -> str:
         value = self.text(key, default)

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import enum
 
+from ota.errors import one_line
+
 
 class Reason(str, enum.Enum):
     """Why the agent refused to start, to run a model, or to obey."""
@@ -35,8 +37,11 @@ class Reason(str, enum.Enum):
     OVER_BUDGET = "over_budget"
     KEY_UNSAFE = "key_unsafe"
     KEY_MISSING = "key_missing"
+    SEALED_KEY_UNAVAILABLE = "sealed_key_unavailable"
     NOT_ENROLLED = "not_enrolled"
     BAD_BUNDLE = "bad_bundle"
+    ALREADY_ENROLLED = "already_enrolled"
+    DEVICE_REVOKED = "device_revoked"
     BROKER_UNREACHABLE = "broker_unreachable"
     BROKER_REFUSED = "broker_refused"
     BROKER_TLS = "broker_tls"
@@ -49,6 +54,8 @@ class Reason(str, enum.Enum):
     UNKNOWN_LINE = "unknown_line"
     NO_PREVIOUS = "no_previous"
     STATE_UNWRITABLE = "state_unwritable"
+    NOT_PERMITTED = "not_permitted"
+    CLOCK_UNSETTABLE = "clock_unsettable"
 
 
 class AgentError(Exception):
@@ -56,15 +63,15 @@ class AgentError(Exception):
 
     Args:
         reason: stable cause.
-        message: one line, names the thing at fault; never contains a secret.
-        hint: one line, what a person can do next.
+        message: names the thing at fault; never contains a secret. What it quotes from outside is made one line.
+        hint: what a person can do next; what helps with the reason in general when nothing narrower is known.
     """
 
     def __init__(self, reason: Reason, message: str, *, hint: str = "") -> None:
-        super().__init__(message)
+        self.message = one_line(message)
+        super().__init__(self.message)
         self.reason = reason
-        self.message = message
-        self.hint = hint
+        self.hint = one_line(hint) or _NEXT.get(reason, "")
 
 
 class ConfigError(AgentError):
@@ -91,6 +98,52 @@ class ControlError(AgentError):
     """A command cannot be carried out by the daemon."""
 
 
+# What helps in general; docs/reference/reasons.md says more.
+_NEXT = {
+    Reason.CLOCK_UNSETTABLE: "edge-agent-clock.service sets it; see its unit for the right it needs",
+    Reason.NOT_PERMITTED: "use sudo, or ask for the group that may",
+    Reason.BAD_CONFIG: "edge-agent config check tests the file; docs/reference/config.md lists the keys",
+    Reason.BAD_PROFILE: "set profile in agent.toml",
+    Reason.BAD_MESSAGE: "update the older of the two ends",
+    Reason.BAD_USAGE: "see --help",
+    Reason.SOURCE_MISSING: "mend the path of the source in agent.toml",
+    Reason.SOURCE_UNREADABLE: "let the edge-worker user read it, or encode it again",
+    Reason.RUNTIME_MISSING: "install the runtime: pip install the extra litert, onnx or openvino",
+    Reason.UNKNOWN_DELEGATE: "see docs/reference/cli.md for those that are known",
+    Reason.UNKNOWN_FORMAT: "convert the model to .tflite or .onnx",
+    Reason.MODEL_MISSING: "check the path of the model",
+    Reason.MODEL_UNLOADABLE: "export the model again",
+    Reason.MODEL_SHAPE: "correct the spec: the message names the tensor",
+    Reason.IMAGE_UNREADABLE: "give a whole PNG or JPEG",
+    Reason.DELEGATE_FELL_BACK: "use the delegate that really ran",
+    Reason.GOLDEN_MISMATCH: "compare the delegates in edge-agent status, or build the release again",
+    Reason.WORKER_CRASHED: "reproduce it with edge-agent bench",
+    Reason.WORKER_HUNG: "reproduce it with edge-agent bench",
+    Reason.WORKER_OUT_OF_MEMORY: "use a smaller model, or raise trial_memory_mb",
+    Reason.WORKER_UNAVAILABLE: "systemctl status edge-worker",
+    Reason.NO_DELEGATE: "publish a component in another format; see the verdicts in edge-agent status",
+    Reason.OVER_BUDGET: "use a smaller model or another budget",
+    Reason.KEY_UNSAFE: "mend owner and mode; if others could read it, enrol again",
+    Reason.KEY_MISSING: "enrol the device: edge-agent enroll --help",
+    Reason.SEALED_KEY_UNAVAILABLE: "systemctl status edge-agent; seal the credentials anew or enrol the device again",
+    Reason.NOT_ENROLLED: "enrol the device: edge-agent enroll --help",
+    Reason.BAD_BUNDLE: "ask the operator for a new one: edge-ota enroll",
+    Reason.ALREADY_ENROLLED: "edge-agent reset --owner --yes wipes the device; then enrol it",
+    Reason.DEVICE_REVOKED: "ask the operator; edge-agent reset --yes, then enrol anew",
+    Reason.BROKER_UNREACHABLE: "check network, name and port; it is tried again by itself",
+    Reason.BROKER_REFUSED: "look at the certificate, and at the broker's log and ACL",
+    Reason.BROKER_TLS: "is it the broker's TLS port?",
+    Reason.UNKNOWN_COMMAND: "update the agent",
+    Reason.COMMAND_EXPIRED: "send it again; check the clocks",
+    Reason.COMMAND_RETAINED: "publish commands without retain",
+    Reason.COMMAND_FLOOD: "send fewer",
+    Reason.DAEMON_UNREACHABLE: "systemctl status edge-agent",
+    Reason.DAEMON_RUNNING: "systemctl stop edge-agent first, or use the daemon",
+    Reason.UNKNOWN_LINE: "edge-agent status lists the lines",
+    Reason.NO_PREVIOUS: "publish the older model under a new version",
+    Reason.STATE_UNWRITABLE: "run as the service's user; check state_dir and run_dir",
+}
+
 # sysexits, so that shell scripts can tell classes apart
 _EXIT = {
     Reason.BAD_CONFIG: 78,
@@ -107,6 +160,7 @@ _EXIT = {
     Reason.SOURCE_MISSING: 66,
     Reason.SOURCE_UNREADABLE: 66,
     Reason.KEY_MISSING: 66,
+    Reason.SEALED_KEY_UNAVAILABLE: 69,
     Reason.UNKNOWN_LINE: 66,
     Reason.NO_PREVIOUS: 66,
     Reason.BROKER_UNREACHABLE: 69,
@@ -118,6 +172,10 @@ _EXIT = {
     Reason.STATE_UNWRITABLE: 73,
     Reason.DAEMON_RUNNING: 75,
     Reason.KEY_UNSAFE: 77,
+    Reason.ALREADY_ENROLLED: 77,
+    Reason.DEVICE_REVOKED: 77,
+    Reason.NOT_PERMITTED: 77,
+    Reason.CLOCK_UNSETTABLE: 77,
 }
 
 

@@ -26,13 +26,15 @@ DELEGATES: dict[str, tuple[str, ...]] = {
 
 @dataclass(frozen=True, slots=True)
 class Profile:
-    """One board description. `delegates` is the ladder, most promising first."""
+    """One board description. `delegates` is the ladder, most promising first; those in `exclusive` drive hardware that
+    one process alone may have open: updates take turns at trying candidates on it."""
 
     name: str
     machines: tuple[str, ...]
     models: tuple[str, ...]
     delegates: tuple[str, ...]
     threads: int
+    exclusive: tuple[str, ...] = ()
 
 
 def folder() -> Path:
@@ -46,7 +48,7 @@ def parse(data: Mapping[str, Any], where: str) -> Profile:
     Raises:
         ConfigError: `bad_profile`, naming the key.
     """
-    unknown = set(data) - {"name", "recognise", "delegates", "limits"}
+    unknown = set(data) - {"name", "recognise", "delegates", "exclusive", "limits"}
     if unknown:
         raise ConfigError(Reason.BAD_PROFILE, f"{where}: unknown key {sorted(unknown)[0]!r}")
     try:
@@ -57,6 +59,7 @@ def parse(data: Mapping[str, Any], where: str) -> Profile:
             models=tuple(recognise.get("model", ())),
             delegates=tuple(data["delegates"]),
             threads=int(data.get("limits", {}).get("threads", 1)),
+            exclusive=tuple(data.get("exclusive", ())),
         )
     except (KeyError, TypeError, ValueError, AttributeError) as e:
         raise ConfigError(Reason.BAD_PROFILE, f"{where}: {e!r} is missing or of the wrong kind") from e
@@ -64,6 +67,13 @@ def parse(data: Mapping[str, Any], where: str) -> Profile:
         if delegate not in DELEGATES:
             raise ConfigError(
                 Reason.BAD_PROFILE, f"{where}: delegate {delegate!r} is unknown", hint=f"known: {', '.join(DELEGATES)}"
+            )
+    for delegate in profile.exclusive:
+        if delegate not in profile.delegates:
+            raise ConfigError(
+                Reason.BAD_PROFILE,
+                f"{where}: exclusive delegate {delegate!r} is not among its delegates",
+                hint=f"delegates: {', '.join(profile.delegates)}",
             )
     return profile
 
@@ -78,7 +88,7 @@ def load_all(where: Path | None = None) -> dict[str, Profile]:
     for path in sorted((where or folder()).glob("*.toml")):
         try:
             profile = parse(tomllib.loads(path.read_text()), path.name)
-        except (OSError, tomllib.TOMLDecodeError) as e:
+        except (OSError, ValueError, RecursionError) as e:
             raise ConfigError(Reason.BAD_PROFILE, f"{path.name}: {e}") from e
         profiles[profile.name] = profile
     return profiles

@@ -5,7 +5,6 @@ Implements `ota.publisher.recorder.Recorder`. `ota` must not know how models run
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,8 +12,11 @@ from typing import Any
 
 from agent import workbench
 from agent.errors import AgentError
+from ota import strictjson
 from ota.errors import PublishError, Reason
 from ota.publisher.recorder import ModelFacts, Recording
+
+MAX_DOCUMENT_BYTES = 16 << 20
 
 
 class WorkerRecorder:
@@ -24,15 +26,18 @@ class WorkerRecorder:
         """See `Recorder.describe`."""
         folder = _describe({model.name: model}, {model.name: outputs}, workbench.DEFAULT_GRAPH, None)
         try:
-            fact = json.loads((folder / "facts.json").read_text())[model.name]
+            fact: Any = _document(folder, "facts.json").get(model.name)
         finally:
             shutil.rmtree(folder)
-        return ModelFacts(
-            format=fact["format"],
-            delegates=tuple(fact["delegates"]),
-            inputs=tuple(fact["inputs"]),
-            outputs=tuple(fact["outputs"]),
-        )
+        try:
+            return ModelFacts(
+                format=fact["format"],
+                delegates=tuple(fact["delegates"]),
+                inputs=tuple(fact["inputs"]),
+                outputs=tuple(fact["outputs"]),
+            )
+        except (KeyError, TypeError) as e:
+            raise PublishError(Reason.MODEL_UNLOADABLE, f"{model.name}: its runtime says nothing about it") from e
 
     def record(
         self,
@@ -46,10 +51,23 @@ class WorkerRecorder:
         folder = _describe(models, outputs, graph, images)
         try:
             golden = (folder / "golden.npz").read_bytes()
-            tolerance = json.loads((folder / "tolerance.json").read_text())
+            tolerance = _document(folder, "tolerance.json")
         finally:
             shutil.rmtree(folder)
         return Recording(golden, tolerance)
+
+
+def _document(folder: Path, name: str) -> dict[str, Any]:
+    """An object that the describing process wrote, which a model may have taken over."""
+    try:
+        with (folder / name).open("rb") as file:
+            data = file.read(MAX_DOCUMENT_BYTES + 1)
+    except OSError as e:
+        raise PublishError(Reason.MODEL_UNLOADABLE, f"the describing process left no {name}") from e
+    value = strictjson.loads(data, max_bytes=MAX_DOCUMENT_BYTES, what=name)
+    if not isinstance(value, dict):
+        raise PublishError(Reason.MODEL_UNLOADABLE, f"{name} of the describing process is not an object")
+    return value
 
 
 def _describe(

@@ -25,12 +25,16 @@ from agent.daemon.trials import Subject, TrialRunner
 from agent.daemon.worker import Worker
 from agent.errors import AgentError, ModelError, Reason
 from agent.profile import DELEGATES
+from ota import strictjson
+from ota.errors import OtaError
 from ota.release import Budgets
+
+MAX_FAULT_BYTES = 16 * 1024
 
 _Specs = tuple[list[Any], list[Any]]
 LIMITS = UpdateConfig(
     poll_s=3600, probation_s=0, probation_results=1, probation_scale=1, load_timeout_s=60, run_timeout_s=30,
-    trial_memory_mb=4096, metered=False,
+    crash_limit=5, crash_window_s=600, settings_probation_s=120, trial_memory_mb=4096, metered=False,
 )  # fmt: skip
 # what one delegate makes of a model says nothing about the next
 ANOTHER_MAY_RUN_IT = (
@@ -184,7 +188,7 @@ def _describe(
     try:
         done = subprocess.run(
             [*command, "--request", str(folder / "request.json"), "--out", str(folder)],
-            capture_output=True, text=True, timeout=limit_s, check=False,
+            capture_output=True, text=True, errors="replace", timeout=limit_s, check=False,
         )  # fmt: skip
     except subprocess.TimeoutExpired as e:
         raise ModelError(
@@ -198,9 +202,10 @@ def _describe_error(done: subprocess.CompletedProcess[str], names: str) -> Model
     """The fault that the describing worker printed as JSON on its last line, or how it died."""
     last = (done.stderr.strip().splitlines() or [""])[-1]
     try:
-        fault = json.loads(last)
+        # the runtime may have been taken over by the model that it loaded
+        fault = strictjson.loads(last.encode(), max_bytes=MAX_FAULT_BYTES, what="fault")
         return ModelError(Reason(fault["reason"]), str(fault["message"]), hint=str(fault["hint"]))
-    except (ValueError, KeyError, TypeError):
+    except (OtaError, ValueError, KeyError, TypeError):
         how = f"died with signal {-done.returncode}" if done.returncode < 0 else f"ended with {done.returncode}"
         return ModelError(
             Reason.MODEL_UNLOADABLE,

@@ -23,6 +23,7 @@ _NOT_YET_VALID = 9
 _EXPIRED = 10
 _HOSTNAME_MISMATCH = 62
 _ADDRESS_MISMATCH = 64
+_QUICK_ACK: int | None = getattr(socket, "TCP_QUICKACK", None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +75,10 @@ class GuardedSocket(ssl.SSLSocket):
             guard.error = e
             raise
         guard.received_bytes += len(chunk)
+        if _QUICK_ACK is not None:
+            # a broker that leaves Nagle on holds the end of a message back until the rest is acknowledged, and Linux
+            # takes its time for that (40 ms) unless it is told so after every read
+            self.setsockopt(socket.IPPROTO_TCP, _QUICK_ACK, 1)
         return chunk
 
     def send(self, data: ReadableBuffer, flags: int = 0) -> int:

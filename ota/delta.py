@@ -139,7 +139,8 @@ def _decode_frame(decoder: Any, frame: Bytes, max_window: int, out: memoryview, 
         # In one piece: the decoder then needs no window of its own, and a frame without its end is an error.
         out[:] = decoder.decompress(frame, max_output_size=len(out), allow_extra_data=False)
     except zstandard.ZstdError as e:
-        if "memory" in str(e).lower():
+        # not "too much memory for decoding", which is what a frame says that asks for an impossible window
+        if "allocation" in str(e).lower():
             raise MemoryError from e
         if "checksum" in str(e).lower() and reason is Reason.DELTA_CORRUPT:
             raise PayloadError(

@@ -270,6 +270,16 @@ class Outbox:
             self._bytes = sum(len(message.payload) for message in self._waiting)
             return lost
 
+    def take_all(self) -> list[Message]:
+        """Empty it: the messages of QoS 1 that nobody has acknowledged, in order. For a client that has ended."""
+        with self._lock:
+            left = [*self._in_flight.values(), *self._waiting]
+            self._in_flight.clear()
+            self._waiting.clear()
+            self._at_once.clear()
+            self._bytes = 0
+            return left
+
     def __len__(self) -> int:
         with self._lock:
             return len(self._at_once) + len(self._waiting) + len(self._in_flight)

@@ -39,9 +39,18 @@ class Mqtt:
         inbox: where events go.
         reconnect: delays between attempts.
         clock: monotonic seconds.
+        first_number: attempts to connect are counted on from here, for a client that takes the place of another.
     """
 
-    def __init__(self, settings: Settings, inbox: Inbox, *, reconnect: Reconnect, clock: Callable[[], float]) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        inbox: Inbox,
+        *,
+        reconnect: Reconnect,
+        clock: Callable[[], float],
+        first_number: int = 0,
+    ) -> None:
         self._settings = settings
         self._inbox = inbox
         self._reconnect = reconnect
@@ -52,14 +61,20 @@ class Mqtt:
         self._wake_in.setblocking(False)
         self._wake_out.setblocking(False)
         self._beat_s = clock()
-        self._number = 0
+        self._number = first_number
         self._closing_s: float | None = None
         self._hurry = False
+        self._held = False
         self._connected = False
         self._max_out_bytes = LARGEST_PACKET_BYTES
         self.counters = Counters()
 
     # --- any thread --------------------------------------------------------------------------------------------------
+
+    @property
+    def settings(self) -> Settings:
+        """Which broker, and as whom."""
+        return self._settings
 
     @property
     def connected(self) -> bool:
@@ -106,6 +121,12 @@ class Mqtt:
         self._hurry = True
         self._wake()
 
+    def hold(self, held: bool) -> None:
+        """While held, a connection that ends is not made anew: another client with this identity is on its way, and
+        the two would take the session from each other."""
+        self._held = held
+        self._wake()
+
     def publish(self, message: Message) -> Sent:
         """Hand over a message; never blocks. Anything but `Sent.QUEUED` means it will not arrive.
 
@@ -127,6 +148,10 @@ class Mqtt:
             return Sent.QUEUE_FULL
         self._wake()
         return Sent.QUEUED
+
+    def unsent(self) -> list[Message]:
+        """After `close`: the messages of QoS 1 that nobody acknowledged, for whoever takes this client's place."""
+        return self._outbox.take_all()
 
     def waiting(self) -> int:
         """Messages not yet sent or not yet acknowledged."""
@@ -168,11 +193,11 @@ class Mqtt:
 
     def _sleep(self, delay_s: float) -> None:
         until_s = self._clock() + delay_s
-        while not self._closing() and not self._hurry:
+        while not self._closing() and (self._held or not self._hurry):
             left_s = until_s - self._clock()
-            if left_s <= 0:
+            if left_s <= 0 and not self._held:
                 break
-            self.wait(-1, False, min(left_s, 5.0))
+            self.wait(-1, False, 5.0 if self._held else min(left_s, 5.0))
         self._hurry = False
 
     def wait(self, file: int, want_write: bool, timeout_s: float) -> tuple[bool, bool]:

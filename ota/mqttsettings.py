@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 from ota.brokertls import Tls
 
@@ -91,6 +91,17 @@ class Counters:
     in_bytes: int = 0
     out_bytes: int = 0
     by_purpose: dict[str, list[int]] = field(default_factory=dict)
+
+    def plus(self, other: Counters) -> Counters:
+        """The sum of two clients' counters, as a new value."""
+        total = Counters()
+        for one in (self, other):
+            for item in fields(one):
+                if item.name != "by_purpose":
+                    setattr(total, item.name, getattr(total, item.name) + getattr(one, item.name))
+            for purpose, (received, sent) in list(one.by_purpose.items()):
+                total.count(purpose, received=received, sent=sent)
+        return total
 
     def count(self, purpose: str, *, received: int = 0, sent: int = 0) -> None:
         """Add bytes to a purpose."""

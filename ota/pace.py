@@ -5,6 +5,7 @@ Pure: clocks are numbers handed in, randomness is a generator handed in. It is n
 
 from __future__ import annotations
 
+import math
 import random
 from dataclasses import dataclass
 
@@ -82,3 +83,9 @@ class TokenBucket:
             return False
         self._level -= cost
         return True
+
+    def wait_s(self, cost: float) -> float:
+        """Seconds from the last `take` until `cost` tokens are there; infinite when the bucket never holds so many."""
+        if cost > self._burst:
+            return math.inf
+        return max(0.0, (cost - self._level) / self._per_s)

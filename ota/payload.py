@@ -21,12 +21,15 @@ from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X
 from ota.errors import PayloadError, Reason
 from ota.release import LEAF_BYTES, Component, Payload
 
+# names of what seals bytes and keys, part of every context: bytes of one suite never verify as another's
+SUITE = "cobblestone-256"
+WRAP_SUITE = "hpke-x25519-hkdf-sha256-chacha20-poly1305"
 CEK_BYTES = 32
 # C2SP chunked-encryption: 24 bytes of salt, 32 of commitment, a 16-byte tag for every 16 KiB chunk and the last one.
 _CHUNK_BYTES = 16384
 _FIXED_BYTES = 56
 _TAG_BYTES = 16
-_SUITE = hpke.Suite(hpke.KEM.X25519, hpke.KDF.HKDF_SHA256, hpke.AEAD.CHACHA20_POLY1305)
+_HPKE = hpke.Suite(hpke.KEM.X25519, hpke.KDF.HKDF_SHA256, hpke.AEAD.CHACHA20_POLY1305)
 
 
 def new_key() -> bytes:
@@ -37,12 +40,14 @@ def new_key() -> bytes:
 def payload_context(line: str, version: str, component: str, kind: str, plain_sha256: str, plain_length: int) -> bytes:
     """Context of a travelling payload. `kind` is `full`, or `delta:<base_sha256>`; the plaintext hash and length are
     those of the *component*, so a delta is bound to its result."""
-    return "\0".join(("edge-ota payload v1", line, version, component, kind, plain_sha256, str(plain_length))).encode()
+    return "\0".join(
+        ("edge-ota payload v1", SUITE, line, version, component, kind, plain_sha256, str(plain_length))
+    ).encode()
 
 
 def grant_info(device: str, line: str, version: str, cek_id: str) -> bytes:
     """HPKE `info` of a grant: which device may open which key of which release."""
-    return "\0".join(("edge-ota grant v1", device, line, version, cek_id)).encode()
+    return "\0".join(("edge-ota grant v1", WRAP_SUITE, device, line, version, cek_id)).encode()
 
 
 def key_id(public_key: bytes) -> str:
@@ -52,7 +57,7 @@ def key_id(public_key: bytes) -> str:
 
 def wrap_key(cek: bytes, public_key: bytes, info: bytes) -> bytes:
     """Encrypt a content key to the raw 32-byte X25519 `public_key`; 80 bytes."""
-    return _SUITE.encrypt(cek, X25519PublicKey.from_public_bytes(public_key), info)
+    return _HPKE.encrypt(cek, X25519PublicKey.from_public_bytes(public_key), info)
 
 
 def unwrap_key(wrapped: bytes, private_key: X25519PrivateKey, info: bytes) -> bytes:
@@ -62,7 +67,7 @@ def unwrap_key(wrapped: bytes, private_key: X25519PrivateKey, info: bytes) -> by
         PayloadError: `not_for_this_device` when key, device, release or key id is another's.
     """
     try:
-        cek = _SUITE.decrypt(wrapped, private_key, info)
+        cek = _HPKE.decrypt(wrapped, private_key, info)
     except (InvalidTag, ValueError) as e:
         raise PayloadError(
             Reason.NOT_FOR_THIS_DEVICE,
@@ -91,31 +96,37 @@ def open_into(chunks: Iterable[bytes], key: bytes, context: bytes, out: memoryvi
     `out` holds unauthenticated bytes until this returns; on any error the caller throws it away unread.
 
     Raises:
-        PayloadError: `payload_corrupt` for a wrong key, context or byte; `payload_truncated` for a missing tail or a
-            plaintext longer than `out`.
+        PayloadError: `payload_corrupt` for a wrong key, context or byte, a missing tail, or a plaintext longer than
+            `out`.
+    """
+    position = 0
+    for plain in open_chunks(chunks, key, context):
+        end = position + len(plain)
+        if end > len(out):
+            raise PayloadError(Reason.PAYLOAD_CORRUPT, f"payload opens to more than {len(out)} bytes")
+        out[position:end] = plain
+        position = end
+    return position
+
+
+def open_chunks(chunks: Iterable[bytes], key: bytes, context: bytes) -> Iterator[bytes]:
+    """Decrypt `chunks` piece by piece. Each piece is authentic, but that none is missing is known only at the end:
+    whoever uses pieces before must be able to take that back.
+
+    Raises:
+        PayloadError: `payload_corrupt` for a wrong key, context or byte, or a missing tail.
     """
     decryptor = Cobblestone256Decryptor(key, context)
-    position = 0
     try:
         for chunk in chunks:
-            plain = decryptor.update(chunk)
-            end = position + len(plain)
-            if end > len(out):
-                raise PayloadError(Reason.PAYLOAD_CORRUPT, f"payload opens to more than {len(out)} bytes")
-            out[position:end] = plain
-            position = end
-        plain = decryptor.finalize()
+            yield decryptor.update(chunk)
+        yield decryptor.finalize()
     except InvalidTag as e:
         raise PayloadError(
             Reason.PAYLOAD_CORRUPT,
             "payload does not authenticate",
             hint="it was damaged, cut short, or sealed for something else; fetch it again",
         ) from e
-    end = position + len(plain)
-    if end > len(out):
-        raise PayloadError(Reason.PAYLOAD_CORRUPT, f"payload opens to more than {len(out)} bytes")
-    out[position:end] = plain
-    return end
 
 
 def plain_length(sealed: int) -> int:

@@ -1,4 +1,4 @@
-"""What the broker may ask of this device, checked before anything acts on it. Pure: clocks are numbers handed in.
+"""What the broker may ask of this device, checked before anything acts on it. Clocks are numbers handed in.
 
 A command is a wish, never an authority: `check` looks for updates as the device does anyway, `rollback` goes to a
 release this device has committed before, `report` says how it is. What to install only signed metadata says.
@@ -8,14 +8,14 @@ commands than the quota are counted and not answered, so that a flood cannot mak
 
 from __future__ import annotations
 
-import collections
 import re
 from dataclasses import dataclass
 from typing import Any
 
+from agent.daemon.seen import Seen
 from agent.errors import Reason
 from ota import strictjson
-from ota.errors import OtaError
+from ota.errors import OtaError, StoreError
 from ota.pace import TokenBucket
 from ota.release import LINE_PATTERN
 
@@ -78,20 +78,23 @@ class Hint:
 
 @dataclass(frozen=True, slots=True)
 class GateLimits:
-    """Commands taken at once and per minute, and how many ids are remembered."""
+    """Commands taken at once and per minute."""
 
     burst: int = 20
     per_minute: float = 30.0
-    remembered: int = 512
 
 
 class Gate:
-    """Decides about every command that arrives."""
+    """Decides about every command that arrives.
 
-    def __init__(self, limits: GateLimits | None = None) -> None:
+    Args:
+        seen: remembers what was carried out; in memory alone when None.
+    """
+
+    def __init__(self, limits: GateLimits | None = None, seen: Seen | None = None) -> None:
         self._limits = limits or GateLimits()
         self._bucket = TokenBucket(self._limits.per_minute / 60, self._limits.burst)
-        self._seen: collections.OrderedDict[str, None] = collections.OrderedDict()
+        self._seen = Seen() if seen is None else seen
         self.duplicates = 0
         self.flooded = 0
 
@@ -121,9 +124,10 @@ class Gate:
         if command.id in self._seen:
             self.duplicates += 1
             return None
-        self._seen[command.id] = None
-        if len(self._seen) > self._limits.remembered:
-            self._seen.popitem(last=False)
+        try:
+            self._seen.add(command.id, body["expires_at"], wall_s)
+        except StoreError as e:
+            return Refusal(command.id, Reason.STATE_UNWRITABLE, e.message)
         return command
 
 

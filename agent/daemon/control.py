@@ -1,6 +1,7 @@
 """HTTP on a unix socket: how the command line and a scraper on the board speak to the daemon.
 
-Access is the socket's file mode; there is no TCP port. Bodies are small JSON, answers JSON or Prometheus text. An error
+Access is the socket's file mode, and its group where the board has technicians; there is no TCP port. Who asks is
+known to a route as `asker()`. Bodies are small JSON, answers JSON or Prometheus text. An error
 is answered as {"reason", "message", "hint"} with the status 4xx or 5xx.
 """
 
@@ -8,8 +9,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import contextvars
 import json
 import logging
+import os
+import socket
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,13 +21,17 @@ from typing import Any
 
 import h11
 
+from agent.daemon import askers
+from agent.daemon.askers import Asker
 from agent.errors import AgentError, ControlError, Reason
 from ota import strictjson
 from ota.errors import OtaError
 
 log = logging.getLogger(__name__)
 
-MAX_BODY_BYTES = 16 * 1024
+MAX_HEAD_BYTES = 16 * 1024
+# 32 KiB of settings as JSON text, where a character may take several
+MAX_BODY_BYTES = 96 * 1024
 READ_BYTES = 8192
 REQUEST_TIMEOUT_S = 10.0
 MAX_CONNECTIONS = 32
@@ -49,16 +57,29 @@ def text_reply(text: str) -> Reply:
 
 
 Route = Callable[[Mapping[str, Any]], Awaitable[Reply]]
+_asking: contextvars.ContextVar[Asker] = contextvars.ContextVar("asking")
+
+
+def asker() -> Asker:
+    """Who sent the request that the calling route answers."""
+    return _asking.get()
 
 
 class ControlServer:
-    """Serves `routes`, keyed by "METHOD /path", on the unix socket `path`."""
+    """Serves `routes`, keyed by "METHOD /path", on the unix socket `path`; or on `listening`, which somebody else made
+    and will remove."""
 
-    def __init__(self, path: Path, routes: Mapping[str, Route]) -> None:
+    def __init__(self, path: Path, routes: Mapping[str, Route], listening: socket.socket | None = None) -> None:
         self._path = path
         self._routes = routes
+        self._listening = listening
         self._server: asyncio.Server | None = None
         self._talking: set[asyncio.Task[Any]] = set()
+
+    @property
+    def idle(self) -> bool:
+        """Whether nobody is connected."""
+        return not self._talking
 
     async def start(self) -> None:
         """Listen; a stale socket file is replaced.
@@ -66,12 +87,18 @@ class ControlServer:
         Raises:
             ControlError: `state_unwritable`.
         """
+        if self._listening is not None:
+            self._server = await asyncio.start_unix_server(self._serve, sock=self._listening)
+            return
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             with contextlib.suppress(FileNotFoundError):
                 self._path.unlink()
             self._server = await asyncio.start_unix_server(self._serve, str(self._path))
             self._path.chmod(0o660)
+            technicians = askers.group_id(askers.TECHNICIANS)
+            if technicians is not None and technicians in os.getgroups():
+                os.chown(self._path, -1, technicians)
         except OSError as e:
             raise ControlError(
                 Reason.STATE_UNWRITABLE, f"cannot listen on {self._path}: {e.strerror or e}", hint="check run_dir"
@@ -81,8 +108,8 @@ class ControlServer:
         """Stop listening, remove the socket, and cancel what is being answered."""
         if self._server is not None:
             self._server.close()
-            with contextlib.suppress(FileNotFoundError):
-                self._path.unlink()
+            if self._listening is None:
+                self._path.unlink(missing_ok=True)
         for task in self._talking:
             task.cancel()
         await asyncio.gather(*self._talking, return_exceptions=True)
@@ -94,6 +121,9 @@ class ControlServer:
             return
         self._talking.add(task)
         try:
+            # each connection is a task, so this is seen by its routes alone
+            peer: socket.socket = writer.get_extra_info("socket")
+            _asking.set(askers.of_peer(peer))
             await self._talk(reader, writer)
         except asyncio.CancelledError:
             return  # its end either way; the streams of Python 3.11 report a cancelled one as an accident
@@ -101,7 +131,7 @@ class ControlServer:
             self._talking.discard(task)
 
     async def _talk(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        connection = h11.Connection(h11.SERVER, max_incomplete_event_size=MAX_BODY_BYTES)
+        connection = h11.Connection(h11.SERVER, max_incomplete_event_size=MAX_HEAD_BYTES)
         try:
             while True:
                 async with asyncio.timeout(REQUEST_TIMEOUT_S):

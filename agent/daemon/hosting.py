@@ -119,6 +119,12 @@ class ModelHost:
             reason = Reason.DELTA_CORRUPT if base_fd is not None else Reason.PAYLOAD_CORRUPT
             raise PayloadError(reason, e.message, hint=e.hint) from e
 
+    def exclusive(self, candidate: Candidate) -> Sequence[str]:
+        """See `ota.client.ports.Host.exclusive`."""
+        ladder = self._ladder(self._line(candidate.line))
+        tried = {delegate for _, delegate in candidates(candidate.components, ladder)}
+        return [delegate for delegate in self._profile.exclusive if delegate in tried]
+
     async def self_test(self, candidate: Candidate) -> Tested:
         """See `ota.client.ports.Host.self_test`."""
         runtime = self._line(candidate.line)
@@ -262,6 +268,11 @@ class ModelHost:
             self._write(VERDICTS_NAME, json.dumps(document, indent=1).encode())
         except OtaError as e:
             log.warning("verdicts are not kept: %s", e.message, extra={"reason": e.reason.value})
+
+
+def rejection(reason: AgentReason, otherwise: Reason) -> Reason:
+    """What a worker's fault is called in an update."""
+    return _REJECTIONS.get(reason, otherwise)
 
 
 def _busy(error: AgentError) -> OtaError:

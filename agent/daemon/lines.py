@@ -70,6 +70,7 @@ class LineRuntime:
     Args:
         on_result: called with (line, result) for each frame.
         on_event: called with (kind, facts) for crashes, restarts and swaps.
+        on_crash: called with (line, candidate, reason) when the worker of `candidate` died by its own fault.
     """
 
     def __init__(
@@ -81,6 +82,7 @@ class LineRuntime:
         *,
         on_result: Callable[[str, protocol.Result], None],
         on_event: Callable[[str, dict[str, object]], None],
+        on_crash: Callable[[str, Candidate, Reason], None] = lambda *_: None,
     ) -> None:
         self.config = config
         self.source = source
@@ -92,10 +94,12 @@ class LineRuntime:
         self._limits = limits
         self._on_result = on_result
         self._on_event = on_event
+        self._on_crash = on_crash
         self._lock = asyncio.Lock()
         self._finished: dict[int, asyncio.Future[protocol.Finished]] = {}
         self._backoff_s = BACKOFF_S[0]
         self._revive: asyncio.Task[None] | None = None
+        self._replaced: Serving | None = None
         self._watch: asyncio.Task[None] | None = None
         self._retiring: set[asyncio.Task[None]] = set()
         self._leaving: Worker | None = None
@@ -113,17 +117,18 @@ class LineRuntime:
             AgentError: the new worker did not come up; the old one still serves, or is started again.
         """
         self._cancel_revival()
-        async with self._lock:
-            self._cancel_revival()
-            try:
+        try:
+            async with self._lock:
+                self._cancel_revival()
                 return await self._put_to_work(candidate, verdict, fresh=True)
-            except BaseException:
-                self._revive_if_dead()
-                raise
+        except BaseException:
+            self._revive_if_dead()
+            raise
 
     def keep_trying(self, candidate: Candidate, verdict: Verdict) -> None:
         """Go on trying to make `candidate` serve, with back-off, until it does or something else is put to work."""
         self._cancel_revival()
+        self._replaced = self.serving
         work = self._bring_back(candidate, verdict, self.serving)
         self._revive = asyncio.create_task(work, name=f"revive {self.config.name}")
 
@@ -281,13 +286,18 @@ class LineRuntime:
         self._finished.pop(worker.number, None)
         if self.serving is None or self.serving.worker is not worker:
             return
-        if worker is not self._ended_by_us and not end.lost:
+        ours = worker is self._ended_by_us or end.lost
+        if not ours:
             self.tally.crashes += 1
             self.tally.last_crash = end.reason
         self._on_event("worker_exit", {"line": self.config.name, "reason": end.reason.value, "detail": str(end)})
         if time.monotonic() - self._up_since > STABLE_S:
             self._backoff_s = BACKOFF_S[0]
-        self.keep_trying(self.serving.candidate, self.serving.verdict)
+        if self._revive is None or self._revive.done() or self._replaced is not self.serving:
+            # else somebody is to take its place already, and it is not wanted back
+            self.keep_trying(self.serving.candidate, self.serving.verdict)
+        if not ours:
+            self._on_crash(self.config.name, self.serving.candidate, end.reason)
 
     def _revive_if_dead(self) -> None:
         """After a start that failed: whoever served before and died meanwhile is still wanted."""
@@ -305,17 +315,18 @@ class LineRuntime:
                 try:
                     await self._put_to_work(candidate, verdict, fresh=False)
                 except (AgentError, OtaError, OSError) as e:
-                    self._failed_to_return(e)
+                    self._failed_to_return(candidate, e)
                     continue
             self.restarts += 1
             self._on_event("worker_restarted", {"line": self.config.name, "restarts": self.restarts})
             return
 
-    def _failed_to_return(self, error: AgentError | OtaError | OSError) -> None:
+    def _failed_to_return(self, candidate: Candidate, error: AgentError | OtaError | OSError) -> None:
         """A worker that had no source or no host to come to is no crash of the model."""
         if isinstance(error, AgentError) and error.reason is not Reason.WORKER_UNAVAILABLE:
             self.tally.crashes += 1
             self.tally.last_crash = error.reason
+            self._on_crash(self.config.name, candidate, error.reason)
         reason = "" if isinstance(error, OSError) else error.reason.value
         log.error("line %s: %s", self.config.name, error, extra={"reason": reason})
 

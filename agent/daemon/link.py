@@ -18,21 +18,20 @@ from typing import Any
 
 from agent.daemon import commands
 from agent.daemon.commands import Command, Gate, Hint, Refusal
+from agent.daemon.seen import Seen
 from agent.daemon.telemetry import Batch, Telemetry
 from agent.daemon.topics import Topics
+from agent.daemon.uplink import Uplink
 from agent.errors import AgentError
 from ota.client.transports.mqtt import MqttTransport
 from ota.errors import BrokerError, OtaError
 from ota.mqtt import (
     Connected,
     Event,
-    Inbox,
     Limits,
     Lost,
     Message,
-    Mqtt,
     Received,
-    Reconnect,
     ReconnectPolicy,
     Sent,
     Settings,
@@ -103,6 +102,7 @@ class Link:
         orders: what to do with commands and hints.
         telemetry: emptied once in `settings.flush_s` while connected; answers to commands go through it.
         clock: monotonic seconds. wall: Unix seconds.
+        seen: remembers the commands that were carried out; in memory alone when None.
     """
 
     def __init__(
@@ -115,6 +115,7 @@ class Link:
         rng: random.Random,
         clock: Callable[[], float],
         wall: Callable[[], float],
+        seen: Seen | None = None,
     ) -> None:
         self._settings = settings
         self._identity = identity
@@ -123,13 +124,14 @@ class Link:
         self._rng = rng
         self._clock = clock
         self._wall = wall
-        self._gate = Gate()
+        self._gate = Gate(seen=seen)
         self._hints = TokenBucket(_HINTS_PER_MINUTE / 60, _HINT_BURST)
         self._held_until_s = 0.0
         self._loop: asyncio.AbstractEventLoop | None = None
         self._arrived = asyncio.Event()
-        self._inbox = Inbox(wake=self._wake)
-        self._mqtt = Mqtt(self._mqtt_settings(), self._inbox, reconnect=Reconnect(settings.reconnect, rng), clock=clock)
+        self._mqtt = Uplink(
+            self._mqtt_settings, settings.tls, policy=settings.reconnect, rng=rng, clock=clock, wake=self._wake
+        )
         self._state = "starting"
         self._error: BrokerError | None = None
         self._since = wall()
@@ -151,7 +153,7 @@ class Link:
         try:
             while True:
                 self._arrived.clear()
-                for event in self._inbox.drain():
+                for event in self._mqtt.events():
                     self._handle(event)
                 self._watch()
                 if self._clock() >= flush_at_s:
@@ -162,14 +164,19 @@ class Link:
                         await self._arrived.wait()
         finally:
             self._flush()
-            self._say("offline", self._number())
-            await asyncio.to_thread(self._mqtt.close)
+            self._say("offline", self._mqtt.number)
+            await self._mqtt.close()
             self._enter("stopped", None)
 
     @property
     def connected(self) -> bool:
         """Whether messages can be sent now."""
         return self._mqtt.connected
+
+    @property
+    def tls(self) -> Tls:
+        """The identity that the broker accepted last, or is shown next."""
+        return self._mqtt.tls
 
     @property
     def alive(self) -> bool:
@@ -187,6 +194,11 @@ class Link:
     def retry_now(self) -> None:
         """Connect without waiting for the end of the back-off."""
         self._mqtt.retry_now()
+
+    async def try_tls(self, tls: Tls) -> BrokerError | None:
+        """Go over to the identity `tls` if the broker accepts it on a second connection; else why it did not, and
+        the link is as it was."""
+        return await self._mqtt.try_tls(tls)
 
     def request(self, payload: bytes) -> bool:
         """Publish a request for a block (`ota.client.transports.mqtt.BlockLink`)."""
@@ -328,9 +340,6 @@ class Link:
         session = {"boot": self._identity.boot_id, "instance": self._identity.instance, "number": number}
         return canonical({"v": 1, "state": state, "session": session})
 
-    def _number(self) -> int:
-        return self._mqtt.number
-
     # --- upkeep ------------------------------------------------------------------------------------------------------
 
     def _watch(self) -> None:
@@ -356,7 +365,7 @@ class Link:
             "refused": counters.refused,
             "malformed": counters.malformed + transport.malformed,
             "unasked_blocks": transport.unknown + transport.oversize,
-            "inbox_dropped": self._inbox.dropped,
+            "inbox_dropped": self._mqtt.dropped,
             "commands_repeated": gate.duplicates,
             "commands_flooded": gate.flooded,
             "ignored": self.ignored,
@@ -369,12 +378,12 @@ class Link:
             with contextlib.suppress(RuntimeError):
                 self._loop.call_soon_threadsafe(self._arrived.set)
 
-    def _mqtt_settings(self) -> Settings:
+    def _mqtt_settings(self, tls: Tls) -> Settings:
         settings, topics = self._settings, self._settings.topics
         return Settings(
             settings.host,
             settings.port,
-            settings.tls,
+            tls,
             topics.device,
             subscriptions=(
                 Subscription(topics.of("cmd"), qos=1),

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
+from agent.daemon.keys import Trouble
 from agent.daemon.lines import LineRuntime
 from agent.daemon.selection import Verdict, rank
 from agent.daemon.sources import SourceRuntime
 from agent.daemon.telemetry import Telemetry
 from agent.daemon.updates import LastWords
 from ota.client.journal import Record
+from ota.client.locks import LockView
 from ota.client.ports import UpdateEvent
+from ota.errors import Reason
 
 DEVICE_LINE = "*"
 
@@ -60,15 +63,28 @@ def line_status(
 
 def update_status(name: str, record: Record, words: LastWords) -> dict[str, Any]:
     """Where the line's update stands and how the last one ended."""
-    ended = words.ended.get(name)
+    ended, now = words.ended.get(name), words.now.get(name)
+    waits = now is not None and now.outcome is None and now.reason in (Reason.METERED, Reason.OUTSIDE_WINDOW)
     return {
         "state": record.line(name).state.value,
         "version": record.line(name).pending_version,
+        "waits_for": now.reason.value if now is not None and now.reason is not None and waits else "",
         "last_version": ended.version if ended else "",
         "outcome": ended.outcome if ended else "",
         "reason": ended.reason.value if ended and ended.reason else "",
         "message": ended.message if ended else "",
         "hint": ended.hint if ended else "",
+    }
+
+
+def lock_status(view: LockView) -> dict[str, Any]:
+    """One resource that an update holds, and who waits for it."""
+    return {
+        "name": view.name,
+        "owner": view.owner,
+        "since_s": view.since_s,
+        "timeout_s": view.timeout_s,
+        "waiting": list(view.waiting),
     }
 
 
@@ -98,6 +114,11 @@ def conditions(
     if device is not None and device.reason is not None:
         found.append(_condition("MetadataFresh", "False", device.reason.value, device.message))
     return found
+
+
+def key_conditions(troubles: Iterable[Trouble]) -> list[dict[str, str]]:
+    """What is wrong with this device's keys since it started."""
+    return [_condition("KeysAvailable", "False", t.reason, f"{t.message}; {t.hint}") for t in troubles]
 
 
 def event_facts(event: UpdateEvent) -> dict[str, Any]:

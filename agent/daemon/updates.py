@@ -1,26 +1,28 @@
 """When to look for a release: on a hint, after connecting, every `poll_s`, and sooner after a failure worth repeating.
 
-What a look does is the updater's (`ota.client.updater`); this loop only decides the moments, one look at a time, and
-keeps the last word on each line for `status`. A look at a stick is one that a person waits for.
+What a look does is the updater's (`ota.client.updater`); this loop only decides the moments, and keeps the last word on
+each line for `status`. A look lasts as long as the updates that it began; the next one does not wait for that, so that
+an update that takes hours on one line keeps no other line from its own.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-import os
 import random
-from collections.abc import Awaitable, Callable
-from pathlib import Path
-from typing import Any
+from collections.abc import Awaitable, Callable, Sequence
 
+from agent.config import UpdateConfig
+from ota.client.limits import Limits
 from ota.client.ports import UpdateEvent
-from ota.client.updater import DEVICE, Updater
 from ota.errors import OtaError, Reason
 
 log = logging.getLogger(__name__)
 
 RETRY_S = (5.0, 600.0)
+MAX_LOOKS = 32
+# what a person or the settings want is no failure to be mended by looking again soon
+_NOT_MENDED = frozenset({Reason.OPERATOR, Reason.DEVICE_REVOKED, Reason.METERED, Reason.OUTSIDE_WINDOW})
 
 
 class UpdateLoop:
@@ -57,19 +59,32 @@ class UpdateLoop:
         self._wake.set()
 
     async def run(self) -> None:
-        """Look, wait, look again, until cancelled."""
-        wait_s = self._poll_s
-        while True:
-            try:
-                async with asyncio.timeout(wait_s):
-                    await self._wake.wait()
-            except TimeoutError:
-                pass
-            self._wake.clear()
-            if not self._online():
-                wait_s = self._poll_s
-                continue
-            wait_s = self._next(await self._look())
+        """Look, wait, look again, until cancelled; then every look is cancelled."""
+        loop = asyncio.get_running_loop()
+        looks: set[asyncio.Task[bool]] = set()
+        due = loop.time() + self._poll_s
+        waking = loop.create_task(self._wake.wait())
+        try:
+            while True:
+                wait_s = max(0.0, due - loop.time()) if len(looks) < MAX_LOOKS else None
+                waits = {waking, *looks} if len(looks) < MAX_LOOKS else looks
+                done, _ = await asyncio.wait(waits, timeout=wait_s, return_when=asyncio.FIRST_COMPLETED)
+                ended = looks & done
+                looks -= ended
+                for look in ended:
+                    due = loop.time() + self._next(look.result())
+                if waking.done():
+                    self._wake.clear()
+                    waking = loop.create_task(self._wake.wait())
+                elif loop.time() < due:
+                    continue
+                due = loop.time() + self._poll_s
+                if self._online():
+                    looks.add(loop.create_task(self._look()))
+        finally:
+            for task in (waking, *looks):
+                task.cancel()
+            await asyncio.gather(waking, *looks, return_exceptions=True)
 
     async def _look(self) -> bool:
         try:
@@ -91,6 +106,31 @@ class UpdateLoop:
         return min(wait_s, self._poll_s)
 
 
+async def serve_later(serve: Callable[[], Awaitable[None]], rng: random.Random) -> None:
+    """Call `serve` with back-off for as long as it finds the device busy."""
+    wait_s = RETRY_S[0]
+    while True:
+        await asyncio.sleep(rng.uniform(wait_s / 2, wait_s))
+        wait_s = min(2 * wait_s, RETRY_S[1])
+        try:
+            return await serve()
+        except OtaError as e:
+            log.error("a line is not served: %s", e.message, extra={"reason": e.reason.value, "hint": e.hint})
+            if e.reason is not Reason.BUSY:
+                return
+
+
+def worth_repeating(events: Sequence[UpdateEvent]) -> bool:
+    """Whether something in a look failed that may pass by itself."""
+    return any(event.outcome == "failed" and event.reason not in _NOT_MENDED for event in events)
+
+
+def limits_of(config: UpdateConfig) -> Limits:
+    """The updater's limits, where agent.toml has a say: a probation ends by itself before it is ended."""
+    seconds = config.probation_s * config.probation_scale
+    return Limits(probation_timeout_s=10 * seconds + 10 * config.run_timeout_s + 60)
+
+
 class LastWords:
     """The last update event of each line, and the last one that ended an update."""
 
@@ -110,25 +150,3 @@ class LastWords:
         self.now[event.line] = event
         if event.outcome is not None and event.outcome != "up_to_date":
             self.ended[event.line] = event
-
-
-async def sideload(updater: Updater, words: LastWords, path: Path, device: str) -> dict[str, Any]:
-    """Install from the directory `path` and say what became of each line.
-
-    Raises:
-        OtaError: `not_for_this_device` when nothing there is for `device`; else why the first line was not installed.
-    """
-    anew = f"edge-ota bundle REPO {device} DIRECTORY writes it anew"
-    if not os.path.lexists(path / "devices" / device / "desired.json"):
-        raise OtaError(Reason.NOT_FOR_THIS_DEVICE, f"{path} holds nothing for {device}", hint=anew)
-    known = words.now.get(DEVICE)
-    try:
-        events = await updater.sideload(path)
-    finally:
-        # what a stick's metadata is like says nothing of the device's own source
-        words.put_back(DEVICE, known)
-    for event in events:
-        if event.reason is not None:
-            raise OtaError(event.reason, event.message, hint=event.hint or anew)
-    said = {"up_to_date": "is installed already"}
-    return {event.line: f"{event.version} {said.get(event.outcome or '', event.outcome)}" for event in events}

@@ -36,6 +36,7 @@ ATOL_VALUE_SHARE = 0.002
 # int8 networks requantize inside, so delegates that are all right may still differ by more than any fixed share
 ATOL_SPREAD_FACTOR = 1.5
 ATOL_MOST_RANGE_SHARE = 0.1
+_ENCRYPTED = 1  # flag bit of a zip member
 _IMAGE = re.compile(r"image_(\d{1,3})")
 _TENSOR = re.compile(r"tensor_(\d{1,3})_(\d{1,2})")
 _EXPECTED = re.compile(r"(.{1,64})/(\d{1,3})/(\d{1,2})")
@@ -227,8 +228,8 @@ def _scores(spec: TensorSpec, values: Array, declared: Classification) -> NDArra
 
 def _read(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> Array:
     """One member, whose header may not promise more than its bytes hold."""
-    if info.compress_type != zipfile.ZIP_STORED:
-        raise ValueError(f"{info.filename[:40]!r} is compressed")
+    if info.compress_type != zipfile.ZIP_STORED or info.flag_bits & _ENCRYPTED:
+        raise ValueError(f"{info.filename[:40]!r} is compressed or encrypted")
     stream = io.BytesIO(archive.read(info))
     version = np.lib.format.read_magic(stream)
     if version != (1, 0):

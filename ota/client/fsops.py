@@ -19,6 +19,8 @@ from ota.errors import Reason, StoreError
 
 TEMPORARY_SUFFIX = ".tmp"
 _NO_SPACE = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EMFILE, errno.ENFILE})
+# stat(2) counts st_blocks in these, whatever the file system's own blocks are
+_BLOCK_BYTES = 512
 _P = ParamSpec("_P")
 _T = TypeVar("_T")
 
@@ -79,6 +81,10 @@ class Disk:
     def size(self, path: str) -> int:
         """Length of a file in bytes."""
         return os.stat(self._at(path), follow_symlinks=False).st_size
+
+    def allocated(self, path: str) -> int:
+        """Bytes that a file takes up on the disk; holes do not count."""
+        return os.stat(self._at(path), follow_symlinks=False).st_blocks * _BLOCK_BYTES
 
     def names(self, path: str) -> list[str]:
         """Names in a directory."""
@@ -239,6 +245,19 @@ class Fs:
         except OSError as e:
             raise _store_error(e, path) from e
 
+    def allocated(self, path: str) -> int:
+        """Bytes that a file takes up on the disk, holes not counted; 0 when it is absent.
+
+        Raises:
+            StoreError: `io_error`.
+        """
+        try:
+            return self._disk.allocated(path)
+        except FileNotFoundError:
+            return 0
+        except OSError as e:
+            raise _store_error(e, path) from e
+
     def names(self, path: str) -> list[str]:
         """Sorted names in a directory of ours; empty when it is absent.
 
@@ -261,14 +280,18 @@ class Fs:
         return _attempt(".", self._disk.free_bytes)
 
     def sweep(self, path: str) -> None:
-        """Remove the temporary files that a power cut left in a directory.
+        """Remove the temporary files that a power cut left in a directory. One that cannot be removed stays for the
+        next time: a disk that turned read-only must not keep anybody from starting.
 
         Raises:
-            StoreError: `io_error`.
+            StoreError: `io_error`: the directory cannot be read.
         """
         for name in self.names(path):
             if name.endswith(TEMPORARY_SUFFIX):
-                self.remove(f"{path}/{name}")
+                try:
+                    self.remove(f"{path}/{name}")
+                except StoreError:
+                    return
 
     def _drop(self, path: str) -> None:
         try:

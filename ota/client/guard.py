@@ -27,18 +27,31 @@ def check_quarantine(record: LineRecord, release_sha256: str, version: str) -> N
         )
 
 
-def check_release(release: Release, record: LineRecord, identity: Identity) -> None:
+def check_release(
+    release: Release,
+    record: LineRecord,
+    identity: Identity,
+    allow_rollback_to: int = 0,
+    allow_rollback_from: int = 0,
+) -> None:
     """Refuse a release that is older than what ran here, or made for other devices.
+
+    Args:
+        allow_rollback_to: lowest counter that the line's release role lets devices go back to; 0 is none.
+        allow_rollback_from: highest counter that this order is meant for. An order that was withdrawn can be replayed,
+            from a stick for one; devices that have gone beyond it since are not moved by it.
 
     Raises:
         Rejected: `counter_rollback` or `incompatible`.
     """
-    counter = release.release_counter
-    if counter < record.floor_counter or (counter == record.floor_counter and release.sha256 != record.floor_sha256):
+    counter, floor = release.release_counter, record.floor_counter
+    ordered_back = 0 < allow_rollback_to <= counter < floor <= allow_rollback_from
+    forged = counter == floor and release.sha256 != record.floor_sha256
+    if forged or (counter < floor and not ordered_back):
         raise Rejected(
             Reason.COUNTER_ROLLBACK,
-            f"{release.line} {release.version} has release counter {counter}, this device is at {record.floor_counter}",
-            hint="publish the older model again under a new version",
+            f"{release.line} {release.version} has release counter {counter}, this device is at {floor}",
+            hint="publish the older model again under a new version, or edge-ota allow-rollback",
         )
     if not agent_satisfies(release.requires.agent, identity.agent_version):
         raise Rejected(

@@ -19,13 +19,16 @@ from ota import strictjson
 from ota.client.fsops import Fs
 from ota.client.machine import LineRecord, State
 from ota.client.ports import Installed
-from ota.errors import OtaError, Reason
+from ota.client.settings import Origin, SettingsRecord
+from ota.client.settings import State as SettingsState
+from ota.errors import OtaError, Reason, StoreError
 
 FORMAT = 1
 MAX_RECORD_BYTES = 1 << 20
 DIRECTORY = "state"
 _SLOTS = (f"{DIRECTORY}/record.a", f"{DIRECTORY}/record.b")
 _COMMITTED = f"{DIRECTORY}/record.committed"
+FILES = (*_SLOTS, _COMMITTED)
 _MAGIC = b"edge-ota state "
 _HEADER_BYTES = len(_MAGIC) + 64 + 1
 
@@ -46,11 +49,13 @@ class Record:
         lines: by name of the line.
         floors: metadata floors by repository name, then role.
         clock_floor: signed date (ISO 8601, UTC) before which it certainly is not; empty before the first.
+        settings: which settings are in force or on trial instead of the device's own file.
     """
 
     lines: Mapping[str, LineRecord] = field(default_factory=dict)
     floors: Mapping[str, Mapping[str, Floor]] = field(default_factory=dict)
     clock_floor: str = ""
+    settings: SettingsRecord = field(default_factory=SettingsRecord)
 
     def line(self, name: str) -> LineRecord:
         """The line's record, a fresh one if there is none."""
@@ -76,6 +81,7 @@ class Journal:
 
     Attributes:
         condition: `state_corrupt` with a message when copies were damaged, else None.
+        uncopied: why a committed record has no copies yet; whoever tells it sets it to None.
 
     Raises:
         StoreError: the disk itself cannot be read or written.
@@ -86,6 +92,7 @@ class Journal:
         fs.make_dirs(DIRECTORY)
         fs.sweep(DIRECTORY)
         self.condition: OtaError | None = None
+        self.uncopied: StoreError | None = None
         self._generation = 0
         self._record = self._durable = self._older = Record()
         self._load()
@@ -99,6 +106,7 @@ class Journal:
         """Make `record` durable and current. `commit` renews all three copies, so that nothing refers to the release
         before the previous one any more and its files can go.
 
+        The first copy decides: the others are renewed if the disk lets them be, else by what is saved next.
         A line that is only checking is kept as idle: a check that finds nothing is not worth a write to flash.
 
         Raises:
@@ -108,12 +116,19 @@ class Journal:
         if durable == self._durable and not commit:
             self._record = record
             return
-        for _ in range(2 if commit else 1):
-            generation = self._generation + 1
-            self._fs.write_atomic(_SLOTS[generation % 2], encode(durable, generation))
-            self._older, self._durable, self._record, self._generation = self._durable, durable, record, generation
+        self._write_slot(durable)
+        self._record = record
         if commit:
-            self._fs.write_atomic(_COMMITTED, encode(durable, self._generation))
+            try:
+                self._write_slot(durable)
+                self._fs.write_atomic(_COMMITTED, encode(durable, self._generation))
+            except StoreError as e:
+                self.uncopied = e  # whoever saves must not hear that nothing was saved
+
+    def _write_slot(self, durable: Record) -> None:
+        generation = self._generation + 1
+        self._fs.write_atomic(_SLOTS[generation % 2], encode(durable, generation))
+        self._older, self._durable, self._generation = self._durable, durable, generation
 
     def references(self) -> Iterator[Installed]:
         """Releases that either slot refers to: their files must stay, because either slot may be the one that
@@ -162,11 +177,12 @@ class Journal:
 
 
 def _without_checks(record: Record) -> Record:
+    """Also without lines of which there is nothing to keep: whoever assigns may name as many as he likes."""
     lines = {
         name: dataclasses.replace(line, state=State.IDLE) if line.state is State.CHECKING else line
         for name, line in record.lines.items()
     }
-    return dataclasses.replace(record, lines=lines)
+    return dataclasses.replace(record, lines={name: line for name, line in lines.items() if line != LineRecord(name)})
 
 
 def encode(record: Record, generation: int) -> bytes:
@@ -181,6 +197,7 @@ def encode(record: Record, generation: int) -> bytes:
                 for repository, roles in record.floors.items()
             },
             "clock_floor": record.clock_floor,
+            "settings": _settings_to_json(record.settings),
         }
     )
     return _MAGIC + hashlib.sha256(body).hexdigest().encode() + b"\n" + body
@@ -207,6 +224,8 @@ def decode(data: bytes) -> tuple[int, Record]:
                 for repository, roles in top["floors"].items()
             },
             clock_floor=str(top["clock_floor"]),
+            # a record from before there were settings has none
+            settings=_settings_from_json(top["settings"]) if "settings" in top else SettingsRecord(),
         )
         return int(top["generation"]), record
     except (KeyError, TypeError, ValueError, AttributeError) as e:
@@ -263,3 +282,35 @@ def _reason(word: str) -> Reason:
         return Reason(word)
     except ValueError:
         return Reason.STATE_CORRUPT  # still quarantined, for a cause this version has no word for
+
+
+def _settings_to_json(settings: SettingsRecord) -> dict[str, Any]:
+    return {
+        "state": settings.state.value,
+        "active": settings.active,
+        "file": settings.file,
+        "trial": settings.trial,
+        "origin": settings.origin.value,
+        "expect": list(settings.expect),
+        "attempts": settings.attempts,
+        "fleet": settings.fleet,
+        "quarantine": [[sha256, reason.value] for sha256, reason in settings.quarantine.items()],
+    }
+
+
+def _settings_from_json(value: dict[str, Any]) -> SettingsRecord:
+    try:
+        state = SettingsState(value["state"])
+    except ValueError:
+        state = SettingsState.UNKNOWN  # a later version wrote it; `settings.RECOVERY` takes it back
+    return SettingsRecord(
+        state=state,
+        active=str(value["active"]),
+        file=str(value["file"]),
+        trial=str(value["trial"]),
+        origin=Origin(value["origin"]),
+        expect=tuple(str(item) for item in value["expect"]),
+        attempts=int(value["attempts"]),
+        fleet=str(value["fleet"]),
+        quarantine={sha256: _reason(reason) for sha256, reason in value["quarantine"]},
+    )

@@ -176,6 +176,13 @@ class ActiveDamaged:
 
 
 @dataclass(frozen=True, slots=True)
+class ActiveUnfit:
+    """The committed release kept crashing in service; the previous one takes over and it is quarantined."""
+
+    reason: Reason
+
+
+@dataclass(frozen=True, slots=True)
 class QuarantineLifted:
     """A person allows the quarantined releases of this line to be tried again."""
 
@@ -203,6 +210,7 @@ Event = (
     | AttemptsExhausted
     | OperatorRolledBack
     | ActiveDamaged
+    | ActiveUnfit
     | QuarantineLifted
 )
 
@@ -244,6 +252,7 @@ TRANSITIONS: Mapping[_Key, _Goal] = MappingProxyType(
         (State.IDLE, AttemptsExhausted): (State.IDLE, Outcome.REJECTED),
         (State.IDLE, OperatorRolledBack): (State.IDLE, Outcome.ROLLED_BACK),
         (State.IDLE, ActiveDamaged): (State.IDLE, Outcome.ROLLED_BACK),
+        (State.IDLE, ActiveUnfit): (State.IDLE, Outcome.ROLLED_BACK),
         (State.IDLE, QuarantineLifted): (State.IDLE, None),
         (State.CHECKING, NothingNew): (State.IDLE, Outcome.UP_TO_DATE),
         (State.CHECKING, ReleaseAssigned): (State.FETCHING, None),
@@ -336,8 +345,12 @@ def step(record: LineRecord, event: Event) -> tuple[LineRecord, Outcome | None]:
             return _dropped(moved, Reason.INTERRUPTED), outcome
         case ProbationPassed():
             return _committed(moved), outcome
-        case OperatorRolledBack() | ActiveDamaged():
-            return _rolled_back(moved, isinstance(event, OperatorRolledBack)), outcome
+        case OperatorRolledBack():
+            return _rolled_back(moved, Reason.OPERATOR), outcome
+        case ActiveUnfit():
+            return _rolled_back(moved, event.reason), outcome
+        case ActiveDamaged():
+            return _rolled_back(moved, None), outcome
         case QuarantineLifted():
             return replace(moved, quarantine={}), outcome
         case Interrupted():
@@ -380,12 +393,12 @@ def _committed(record: LineRecord) -> LineRecord:
     )
 
 
-def _rolled_back(record: LineRecord, by_operator: bool) -> LineRecord:
+def _rolled_back(record: LineRecord, unfit: Reason | None) -> LineRecord:
     if record.active is None:
         raise IllegalTransitionError(f"{record.line}: no active release to roll back from")
     quarantine = record.quarantine
-    if by_operator:
-        quarantine = _quarantined(quarantine, record.active.release_sha256, Reason.OPERATOR)
+    if unfit is not None:
+        quarantine = _quarantined(quarantine, record.active.release_sha256, unfit)
     return replace(_dropped(record, None), active=record.previous, previous=None, quarantine=quarantine)
 
 

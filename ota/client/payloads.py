@@ -7,16 +7,15 @@ Invariants: a delta is chosen only if it is smaller than the full payload and it
 
 from __future__ import annotations
 
-import asyncio
 import os
 from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 
 from ota import payload
-from ota.client import memfd
+from ota.client import memfd, offload
 from ota.client.desired import Grant
 from ota.client.ports import Candidate, DeviceKeys, Host, Installed
-from ota.client.store import Store
+from ota.client.store import Store, keyless
 from ota.errors import PayloadError, Reason
 from ota.release import Component, Payload, Release
 
@@ -61,8 +60,7 @@ def opener(store: Store) -> Callable[[Component], Awaitable[int]]:
     """How a `Candidate` opens its files."""
 
     async def open_stored(component: Component) -> int:
-        await asyncio.sleep(0)  # decryption does not yield
-        return store.open(component.plain_sha256)
+        return await store.read(component.plain_sha256)
 
     return open_stored
 
@@ -81,7 +79,10 @@ def content_key(release: Release, wanted: Payload, grants: Mapping[str, Grant], 
     Raises:
         PayloadError: `no_grant` when none was given, or for a key this device no longer has; `not_for_this_device`
             for one that does not open here.
+        StoreError: `sealed_key_unavailable`: this device has no key at all at present.
     """
+    if not keys.storage:
+        raise keyless()
     hint = f"ask the operator for a grant: edge-ota grant REPO {device} {release.line}={release.version}"
     grant = grants.get(wanted.cek_id)
     if grant is None:
@@ -124,10 +125,10 @@ async def open_payload(
         if written != length:
             raise PayloadError(Reason.PAYLOAD_TRUNCATED, f"{what} opens to {written} bytes of {length}")
 
-    fd = memfd.write_sealed("payload", length, fill)
+    fd = await offload.opened(lambda: memfd.write_sealed("payload", length, fill))
     try:
         if chosen.payload.codec == RAW and not chosen.is_delta:
-            memfd.check(fd, component.plain_sha256, component.plain_length, what)
+            await _check(fd, component, what)
             return fd
         decoded = await _decode(chosen, fd, store, host)
     except BaseException:
@@ -135,17 +136,29 @@ async def open_payload(
         raise
     os.close(fd)
     try:
-        memfd.check(decoded, component.plain_sha256, component.plain_length, what)
-    except PayloadError as e:
+        await _check(decoded, component, what)
+    except BaseException as e:
         os.close(decoded)
-        if chosen.is_delta:
+        if chosen.is_delta and isinstance(e, PayloadError):
             raise PayloadError(Reason.DELTA_MISMATCH, f"the delta of {what} gives another result than signed") from e
         raise
     return decoded
 
 
+async def _check(fd: int, component: Component, what: str) -> None:
+    own = os.dup(fd)  # the thread may outlive whoever waits for it
+
+    def work() -> None:
+        try:
+            memfd.check(own, component.plain_sha256, component.plain_length, what)
+        finally:
+            os.close(own)
+
+    await offload.finished(work)
+
+
 async def _decode(chosen: Plan, fd: int, store: Store, host: Host) -> int:
-    base = store.open(chosen.base_sha256) if chosen.base_sha256 is not None else None
+    base = await store.read(chosen.base_sha256) if chosen.base_sha256 is not None else None
     try:
         return await host.transform(chosen.payload.codec, chosen.component.plain_length, fd, base)
     finally:

@@ -8,7 +8,7 @@ plaintext in sealed memfds whose hash a verified release names.
 from __future__ import annotations
 
 import datetime
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -70,11 +70,13 @@ class DeviceKeys:
 
     Attributes:
         hpke: HPKE private keys by key id (`key_id`); two during a rotation.
-        storage: 32 bytes under which everything in the store is sealed.
+        storage: 32 bytes under which everything new in the store is sealed; empty while the sealed key is unavailable.
+        retired_storage: earlier ones, which still open files that were not re-sealed yet.
     """
 
     hpke: dict[str, X25519PrivateKey] = field(repr=False)
     storage: bytes = field(repr=False)
+    retired_storage: tuple[bytes, ...] = field(default=(), repr=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -203,6 +205,11 @@ class Host(Protocol):
             PayloadError: `delta_corrupt`, `payload_corrupt` or `unsupported`: the bytes are at fault.
             Rejected: `worker_crashed`, `worker_hung` or `worker_out_of_memory`.
         """
+        ...
+
+    def exclusive(self, candidate: Candidate) -> Sequence[str]:
+        """Names of the accelerators that one process alone may have open and that trying and activating `candidate`
+        needs; the updater lends them to one line at a time."""
         ...
 
     async def self_test(self, candidate: Candidate) -> Tested:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 from ota.client import trust
 from ota.client.desired import Desired
+from ota.client.documents import Documents
 from ota.client.fsops import Fs
 from ota.client.journal import Journal
 from ota.client.limits import Limits
@@ -22,8 +23,9 @@ from ota.errors import OtaError, Reason, TransferError
 
 DIRECTORY = "trust"
 _NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,31}")
-_SUFFIX = ".json"
-_ELSEWHERE = frozenset({Reason.SOURCE_UNREACHABLE, Reason.TRANSFER_TIMEOUT})
+_BEFORE_ALL_DATES = datetime.datetime.min.replace(tzinfo=datetime.UTC)
+ELSEWHERE = frozenset({Reason.SOURCE_UNREACHABLE, Reason.TRANSFER_TIMEOUT, Reason.ROOT_UNREACHABLE})
+"""What says nothing about the repository, only about the way to it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,16 +49,20 @@ class Repository:
         if not _NAME.fullmatch(name):
             raise OtaError(Reason.BAD_TARGET_NAME, f"repository name {name[:60]!r} is not allowed")
         self.name = name
-        self._fs = fs
         self._journal = journal
+        self._documents = Documents(fs, journal, name, f"{DIRECTORY}/{name}", limits.targets_max_bytes)
         self._pinned_root = pinned_root
         self._limits = limits
+        fs.sweep(f"{DIRECTORY}/{name}")
 
-    async def refresh(self, transports: Sequence[Transport], device: str, now: datetime.datetime) -> Refreshed:
+    async def refresh(
+        self, transports: Sequence[Transport], device: str, now: datetime.datetime, *, allow_expired: bool = False
+    ) -> Refreshed:
         """Verified assignments of `device`, from the first transport that answers.
 
         Args:
-            now: the system clock; judged is at the later of it and the signed floor.
+            now: the system clock; what is judged is judged at `reference_time` of it.
+            allow_expired: a person answers for it that dates are not looked at; versions are all the same.
 
         Raises:
             TrustError, TransferError, StoreError, OtaError: as `trust.refresh`, or when nobody answers.
@@ -64,38 +70,41 @@ class Repository:
         failure: TransferError | None = None
         for transport in transports:
             try:
-                return await self._refresh(transport, device, now)
+                return await self._refresh(transport, device, now, allow_expired)
             except TransferError as e:
-                if e.reason not in _ELSEWHERE:
+                if e.reason not in ELSEWHERE:
                     raise
                 failure = failure or e
         raise failure or TransferError(
             Reason.SOURCE_UNREACHABLE, "there is no transport to ask", hint="configure a broker", retry=True
         )
 
-    async def _refresh(self, transport: Transport, device: str, now: datetime.datetime) -> Refreshed:
-        record = self._journal.record
-        walk = trust.refresh(
-            self._pinned_root,
-            self._stored(),
-            record.floors.get(self.name, {}),
-            device,
-            reference_time(now, record.clock_floor),
-            self._limits,
-        )
+    async def _refresh(
+        self, transport: Transport, device: str, now: datetime.datetime, allow_expired: bool
+    ) -> Refreshed:
+        floor = self._journal.record.clock_floor
+        reference = _BEFORE_ALL_DATES if allow_expired else reference_time(now, floor, self._limits.built)
+        documents = self._documents
+        walk = trust.refresh(self._pinned_root, documents.stored(), documents.floors, device, reference, self._limits)
         answer: bytes | None = None
+        failure: TransferError | None = None
         total = 0
-        while True:
-            try:
-                effect = walk.send(answer)
-            except StopIteration as e:
-                return Refreshed(e.value, transport, total)
-            if isinstance(effect, trust.Trusted):
-                self._keep(effect)
-                answer = None
-            else:
-                answer = await self._ask(transport, effect)
+        try:
+            while True:
+                effect = walk.send(answer) if failure is None else walk.throw(failure)
+                answer = failure = None
+                if isinstance(effect, trust.Trusted):
+                    documents.keep(effect)
+                    continue
+                try:
+                    answer = await self._ask(transport, effect)
+                except TransferError as e:
+                    failure = e
                 total += len(answer or b"")
+        except StopIteration as e:
+            return Refreshed(e.value, transport, total)
+        finally:
+            walk.close()
 
     async def _ask(self, transport: Transport, wanted: trust.FetchMetadata | trust.FetchDesired) -> bytes | None:
         try:
@@ -112,29 +121,12 @@ class Repository:
                 return None
             raise
 
-    def _stored(self) -> dict[str, bytes]:
-        folder = f"{DIRECTORY}/{self.name}"
-        stored = {}
-        for name in self._fs.names(folder):
-            data = self._fs.read_at(f"{folder}/{name}", 0, self._limits.targets_max_bytes + 1)
-            stored[name.removesuffix(_SUFFIX)] = data
-        return stored
 
-    def _keep(self, trusted: trust.Trusted) -> None:
-        """File first: a floor without its file only costs a fetch, a file without its floor is judged again."""
-        folder = f"{DIRECTORY}/{self.name}"
-        path = f"{folder}/{trusted.role}{_SUFFIX}"
-        if self._fs.size(path) != len(trusted.data) or self._fs.read(path, len(trusted.data)) != trusted.data:
-            self._fs.make_dirs(folder)
-            self._fs.write_atomic(path, trusted.data)
-        self._journal.save(self._journal.record.with_floor(self.name, trusted.role, trusted.floor))
-
-
-def reference_time(now: datetime.datetime, clock_floor: str) -> datetime.datetime:
-    """The time at which signed dates are judged: `now`, or the floor if the clock lies before it."""
-    if not clock_floor:
-        return now
-    return max(now, datetime.datetime.fromisoformat(clock_floor))
+def reference_time(now: datetime.datetime, clock_floor: str, built: datetime.datetime) -> datetime.datetime:
+    """The time at which signed dates are judged: the latest of the clock, the floor that signed dates raised, and the
+    day on which this software was made."""
+    floor = datetime.datetime.fromisoformat(clock_floor) if clock_floor else built
+    return max(now, floor, built)
 
 
 def raised_floor(clock_floor: str, issued: str, expires: datetime.datetime, ceiling: datetime.datetime) -> str:
@@ -145,10 +137,12 @@ def raised_floor(clock_floor: str, issued: str, expires: datetime.datetime, ceil
     """
     try:
         date = datetime.datetime.fromisoformat(issued)
-    except ValueError:
+        aware = date.tzinfo is not None
+        date = date.astimezone(datetime.UTC)
+    except (ValueError, OverflowError):
         return clock_floor
-    if date.tzinfo is None or date > ceiling or date > expires:
+    if not aware or date > ceiling or date > expires:
         return clock_floor
     if clock_floor and date <= datetime.datetime.fromisoformat(clock_floor):
         return clock_floor
-    return date.astimezone(datetime.UTC).isoformat()
+    return date.isoformat()

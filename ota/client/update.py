@@ -1,127 +1,110 @@
 """One update of one line, from its assignment to `committed` or back: the pipeline, step by step in one place.
 
-Every step is journalled through `machine.step` before its act. Not here: what a failure means (`machine`), where the
-assignment comes from (`repository`), which lines there are (`updater`).
+Every step is journalled through `machine.step` before its act. Not here: what a failure means (`machine`), how the
+files are had (`acquire`), where the assignment comes from (`repository`), which lines there are (`updater`).
 Invariants: until `activate` the serving release is not touched; from `activate` on every way out but `committed` ends
-in `Host.revert`; nothing of the candidate runs before the attempt was counted on disk.
+in `Host.revert`; nothing of the candidate runs before the attempt was counted on disk; every state ends within its
+limit, whatever the host does, with `state_timeout`. (Fetching ends when the slowest accepted rate is missed: `fetch`.)
 """
 
 from __future__ import annotations
 
-import asyncio
-import os
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import TypedDict, Unpack
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import replace
 
-from ota import release as releases
 from ota.client import guard, machine, payloads
+from ota.client.acquire import Acquisition, within
 from ota.client.desired import Assignment, Grant
-from ota.client.fetch import Inbox
-from ota.client.journal import Journal
-from ota.client.limits import Limits
-from ota.client.machine import LIVE, LineRecord, Outcome, State
-from ota.client.payloads import Plan
-from ota.client.ports import (
-    Candidate,
-    DeviceKeys,
-    Host,
-    Identity,
-    Installed,
-    Probation,
-    Tested,
-    Traffic,
-    Transport,
-    UpdateEvent,
-)
+from ota.client.ledger import Ledger, Parts
+from ota.client.machine import LIVE, Outcome, State
+from ota.client.ports import Candidate, Installed, Transport, UpdateEvent
 from ota.client.repository import raised_floor
-from ota.client.store import Store, sealed_size
-from ota.client.transfer import Counts
-from ota.errors import OtaError, PayloadError, Reason, Rejected, StoreError, TransferError
+from ota.errors import OtaError, Postponed, Reason, Rejected, StoreError, TransferError
 from ota.release import Component, Release
 
-
-class Details(TypedDict, total=False):
-    """Optional fields of an `UpdateEvent`."""
-
-    reason: Reason
-    message: str
-    hint: str
-    attempt: int
-    tested: Tested
-    probation: Probation
-
-
-# a delta that is not there, or whose blocks are wrong wherever they come from, is no reason not to update
-_NO_DELTA = (Reason.NOT_FOUND, Reason.TRANSFER_CORRUPT)
-
-
-@dataclass(frozen=True, slots=True)
-class Parts:
-    """What every update of this device works with."""
-
-    identity: Identity
-    keys: DeviceKeys
-    journal: Journal
-    store: Store
-    inbox: Inbox
-    host: Host
-    limits: Limits
-    emit: Callable[[UpdateEvent], None]
-    collect: Callable[[], None]
+# the device's own trouble, whatever the state
+_NOBODYS_FAULT = (Reason.BUSY, Reason.STATE_TIMEOUT)
 
 
 class Update:
     """One run for one line. Use it once.
 
+    Args:
+        still_wanted: asked before what was fetched is tried; raises when the release with that hash is not to be.
+
     Attributes:
-        holds: plaintext hashes staged by this run, which no record names yet; they must not be collected.
+        wanted: hash of the release.json it works on, empty before that is known.
+        counter: release counter of that release; None before the release was read.
     """
 
-    def __init__(self, parts: Parts, line: str, metadata_bytes: int = 0) -> None:
+    def __init__(
+        self,
+        parts: Parts,
+        line: str,
+        grants: Mapping[str, Grant] | None = None,
+        transports: Sequence[Transport] = (),
+        still_wanted: Callable[[str], Awaitable[None]] | None = None,
+    ) -> None:
         self._parts = parts
         self._line = line
-        self._counts = Counts()
-        self._traffic = Traffic(metadata_bytes=metadata_bytes)
+        self._ledger = Ledger(parts, line)
+        self._files = Acquisition(parts, self._ledger, grants or {}, transports)
         self._assignment: Assignment | None = None
-        self._grants: Mapping[str, Grant] = {}
-        self._transports: Sequence[Transport] = ()
         self._component_rejected = False
-        self.holds: set[str] = set()
+        self._granted = grants is not None
+        self._still_wanted = still_wanted
+        self.wanted = ""
+        self.counter: int | None = None
 
-    async def run(
-        self, assignment: Assignment, grants: Mapping[str, Grant], transports: Sequence[Transport]
-    ) -> UpdateEvent:
+    @property
+    def holds(self) -> set[str]:
+        """Plaintext hashes staged by this run, which no record names yet; they must not be collected."""
+        return self._files.holds
+
+    async def run(self, assignment: Assignment) -> UpdateEvent:
         """Bring the line to the assigned release; the event tells how it ended.
 
         Raises:
             StoreError: the journal cannot be written.
         """
-        self._assignment, self._grants, self._transports = assignment, grants, transports
-        version = assignment.version
-        self._say(machine.CheckStarted(), version)
+        self._assignment, self.wanted = assignment, assignment.sha256
+        version, ledger = assignment.version, self._ledger
+        ledger.say(machine.CheckStarted(), version)
         try:
-            record = self._record
+            record = ledger.record
             if record.active is not None and record.active.release_sha256 == assignment.sha256:
-                return self._say(machine.NothingNew(), version, message=f"{self._line} {version} is installed")
-            guard.check_quarantine(record, assignment.sha256, version)
-            release = await self._release(assignment)
-            guard.check_release(release, record, self._parts.identity)
-            choice = await self._parts.host.choose(release)
+                return ledger.say(machine.NothingNew(), version, message=f"{self._line} {version} is installed")
+            release = await self.acceptable(assignment)
+            self.counter = release.release_counter
+            choosing = self._parts.host.choose(release)
+            choice = await within(self._parts.limits.metadata_timeout_s, "choosing a component", choosing)
             components = [release.component(name) for name in dict.fromkeys(choice.order)]
             # refused before anything is downloaded, and before a delta makes the line depend on a key it lacks
             for component in (*components[:1], release.golden):
-                self._key(release, component.full)
+                self._files.check_key(release, component.full)
             self._parts.store.put_release(release.raw, release.sha256)
-            self._say(machine.ReleaseAssigned(version, release.sha256), version)
+            ledger.say(machine.ReleaseAssigned(version, release.sha256), version)
             rounds = [components] if choice.together and components else [[component] for component in components]
             return await self._try_rounds(release, rounds)
         except OtaError as e:
             return await self._end(e)
 
+    async def acceptable(self, assignment: Assignment) -> Release:
+        """The assigned release, if this device may run it; writes nothing.
+
+        Raises:
+            OtaError: it may not, or cannot be read.
+        """
+        guard.check_quarantine(self._ledger.record, assignment.sha256, assignment.version)
+        release = await self._files.release(assignment)
+        back = assignment.allow_rollback_to, assignment.allow_rollback_from
+        guard.check_release(release, self._ledger.record, self._parts.identity, *back)
+        return release
+
     async def refuse(self, error: OtaError) -> UpdateEvent:
         """Record that the line's assignment did not verify."""
-        self._say(machine.CheckStarted())
+        self._ledger.say(machine.CheckStarted())
         return await self._end(error)
 
     async def resume(self) -> UpdateEvent:
@@ -130,15 +113,16 @@ class Update:
         Raises:
             StoreError: the journal cannot be written.
         """
-        record = self._record
+        ledger, record = self._ledger, self._ledger.record
         installed = record.candidate
         if installed is None:
             raise machine.IllegalTransitionError(f"{self._line}: no candidate waits")
+        self.wanted, self.counter = installed.release_sha256, installed.release_counter
         release = self._parts.store.release(installed.release_sha256)
         if release is None:
-            return self._say(machine.CandidateWithdrawn(), message="the files of the waiting candidate are gone")
+            return ledger.say(machine.CandidateWithdrawn(), message="the files of the waiting candidate are gone")
         if record.attempts >= self._parts.limits.trial_attempts:
-            return self._say(
+            return ledger.say(
                 machine.AttemptsExhausted(),
                 release.version,
                 reason=Reason.INTERRUPTED,
@@ -146,164 +130,89 @@ class Update:
                 hint="publish a newer release",
             )
         candidate = self._candidate(release, [release.component(installed.component)])
-        self._say(machine.TrialResumed(), release.version)
         try:
-            return await self._trial(candidate)
+            try:
+                return await self._trial(candidate, machine.TrialResumed())
+            except Rejected as e:
+                if e.reason is Reason.BUSY or ledger.record.state is not State.TESTING:
+                    raise
+                return await self._try_others(release, installed.component, e)
         except OtaError as e:
             return await self._end(e)
 
-    # -- getting the bytes ---------------------------------------------------------------------------------------------
+    async def _try_others(self, release: Release, refused: str, error: Rejected) -> UpdateEvent:
+        """The self-test refused the component that had waited: the release's further ones have their turn, as they
+        would have had without the interruption."""
+        choosing = self._parts.host.choose(release)
+        choice = await within(self._parts.limits.metadata_timeout_s, "choosing a component", choosing)
+        names = list(dict.fromkeys(choice.order))
+        others = names[names.index(refused) + 1 :] if refused in names else names
+        if not others:
+            raise error
+        self._component_rejected = True
+        message = f"component {refused}: {error.message}; {others[0]} is tried instead"
+        self._ledger.say(machine.ComponentRejected(), release.version, reason=error.reason, message=message)
+        if not self._granted:
+            raise TransferError(Reason.SOURCE_UNREACHABLE, f"{others[0]} is to be fetched first", retry=True)
+        return await self._try_rounds(release, [[release.component(name)] for name in others])
 
-    async def _release(self, assignment: Assignment) -> Release:
-        kept = self._parts.store.release(assignment.sha256)
-        data = kept.raw if kept is not None else await self._fetch_release(assignment)
-        release = releases.parse(data)
-        if release.sha256 != assignment.sha256 or len(data) != assignment.length:
-            raise OtaError(Reason.METADATA_MISMATCH, f"{assignment.path} is not the file that was signed", retry=True)
-        if (release.line, release.version) != (assignment.line, assignment.version):
-            raise OtaError(Reason.BAD_RELEASE, f"{assignment.path} describes {release.line} {release.version}")
-        return release
-
-    async def _fetch_release(self, assignment: Assignment) -> bytes:
-        failure: TransferError | None = None
-        for transport in self._transports:
-            try:
-                async with asyncio.timeout(self._parts.limits.metadata_timeout_s):
-                    data = await transport.target(assignment.path, assignment.sha256, assignment.length)
-            except TimeoutError:
-                failure = TransferError(Reason.TRANSFER_TIMEOUT, f"{transport.name} did not answer", retry=True)
-            except TransferError as e:
-                failure = failure or e
-            else:
-                self._traffic = replace(self._traffic, metadata_bytes=self._traffic.metadata_bytes + len(data))
-                return data
-        raise failure or TransferError(Reason.SOURCE_UNREACHABLE, "there is no transport to fetch from", retry=True)
+    # -- trying it -----------------------------------------------------------------------------------------------------
 
     async def _try_rounds(self, release: Release, rounds: Sequence[Sequence[Component]]) -> UpdateEvent:
         """Fetch and try the components of one round after the other until one is taken."""
         for components, following in zip(rounds, [*rounds[1:], None], strict=True):
-            await self._acquire(release, components)
+            await self._files.files(release, components)
+            if self._still_wanted is not None:
+                # keys may have been rotated, and releases withdrawn, while it was fetched
+                await self._still_wanted(release.sha256)
             candidate = self._candidate(release, components)
-            self._say(machine.CandidateStaged(_installed(candidate)), release.version)
             try:
-                return await self._trial(candidate)
+                return await self._trial(candidate, machine.CandidateStaged(_installed(candidate)))
             except Rejected as e:
-                if following is None or e.reason is Reason.BUSY or self._record.state is not State.TESTING:
+                if following is None or e.reason is Reason.BUSY or self._ledger.record.state is not State.TESTING:
                     raise
                 self._component_rejected = True
                 message = f"component {components[0].name}: {e.message}; {following[0].name} is tried instead"
-                self._say(machine.ComponentRejected(), release.version, reason=e.reason, message=message)
+                self._ledger.say(machine.ComponentRejected(), release.version, reason=e.reason, message=message)
         raise Rejected(Reason.NO_DELEGATE, f"no component of {release.line} {release.version} can run here")
 
-    async def _acquire(self, release: Release, components: Sequence[Component]) -> None:
-        """FETCHING until everything but the trial is done: payloads of the components and the golden vectors."""
-        parts = self._parts
-        files = (*components, release.golden)
-        for component in components:
-            self._key(release, component.full)
-        waiting = [self._plan(file) for file in files if not self._stored(file)]
-        self.holds |= {file.plain_sha256 for file in files}
-        needed = sum(parts.inbox.missing_bytes(p.payload) + sealed_size(p.component.plain_length) for p in waiting)
-        parts.store.admit(needed, f"{release.line} {release.version}")
-        self._traffic = replace(
-            self._traffic,
-            full_bytes=self._traffic.full_bytes + sum(p.component.full.length for p in waiting),
-            delta_bytes=self._traffic.delta_bytes + sum(p.payload.length for p in waiting if p.is_delta),
-        )
-        await self._fetch(release, waiting)
-        while waiting:
-            chosen = waiting[0]
-            try:
-                fd = await self._open(release, chosen)
-            except (PayloadError, Rejected, StoreError) as e:
-                if not chosen.is_delta:
-                    raise
-                await self._fall_back(release, waiting, e)
-                continue
-            try:
-                self._say(machine.FileVerified(), release.version)
-                parts.store.put(fd, chosen.component.plain_sha256, chosen.component.plain_length)
-            finally:
-                os.close(fd)
-            parts.inbox.discard(chosen.payload)
-            del waiting[0]
-            if waiting:
-                self._say(machine.FileStaged(), release.version)
+    async def _trial(self, candidate: Candidate, begin: machine.CandidateStaged | machine.TrialResumed) -> UpdateEvent:
+        """From `begin`, which counts the attempt, to the end."""
+        host, limits, ledger = self._parts.host, self._parts.limits, self._ledger
+        version, what = candidate.version, f"{self._line} {candidate.version}"
+        async with self._accelerators(candidate):
+            ledger.say(begin, version)
+            testing = host.self_test(candidate)
+            tested = await within(limits.testing_timeout_s, f"the self-test of {what}", testing)
+            chosen = next(c for c in candidate.components if c.name == tested.component)
+            candidate = self._candidate(candidate.release, [chosen])
+            self._files.holds &= {chosen.plain_sha256, candidate.release.golden.plain_sha256}
+            ledger.say(machine.SelfTestPassed(_installed(candidate)), version, tested=tested)
+            activating = host.activate(candidate, tested)
+            await within(limits.activating_timeout_s, f"activating {what}", activating)
+            ledger.say(machine.Activated(), version, tested=tested)
+        watching = host.probation(candidate)
+        probation = await within(limits.probation_timeout_s, f"the probation of {what}", watching)
+        outcome = self._commit(candidate)
+        synthetic = " (synthetic)" if probation.synthetic else ""
+        message = f"{what} committed{synthetic} with {candidate.component.name} on {tested.delegate}"
+        return ledger.event(version, outcome, message=message, tested=tested, probation=probation)
 
-    async def _fetch(self, release: Release, waiting: list[Plan]) -> None:
-        for position, chosen in enumerate(waiting):
-            try:
-                await self._parts.inbox.fetch(chosen.payload, self._transports, self._counts)
-            except TransferError as e:
-                if not chosen.is_delta or e.reason not in _NO_DELTA:
-                    raise
-                self._parts.inbox.discard(chosen.payload)
-                waiting[position] = chosen.full()
-                self._tell(release.version, e.reason, f"{e.message}; the full payload is fetched instead")
-                await self._parts.inbox.fetch(chosen.component.full, self._transports, self._counts)
-        self._say(machine.PayloadsFetched(), release.version)
+    @asynccontextmanager
+    async def _accelerators(self, candidate: Candidate) -> AsyncIterator[None]:
+        """Hold every accelerator that the trial needs for itself; waiting for them is no attempt."""
+        limits = self._parts.limits
+        async with AsyncExitStack() as stack:
+            # in one order everywhere, so that two updates never wait for each other
+            for name in sorted(set(self._parts.host.exclusive(candidate))):
+                await stack.enter_async_context(
+                    self._parts.locks.exclusive(
+                        name, self._line, wait_s=limits.lock_wait_s, timeout_s=limits.lock_timeout_s
+                    )
+                )
+            yield
 
-    async def _open(self, release: Release, chosen: Plan) -> int:
-        key = self._key(release, chosen.payload)
-        await asyncio.sleep(0)  # decryption does not yield: let the daemon's other tasks run between two files
-        sealed = self._parts.inbox.chunks(chosen.payload)
-        return await payloads.open_payload(release, chosen, sealed, key, self._parts.store, self._parts.host)
-
-    async def _fall_back(self, release: Release, waiting: list[Plan], error: OtaError) -> None:
-        """The first waiting delta failed: its full payload, once."""
-        delta = waiting[0]
-        waiting[0] = delta.full()
-        self._say(
-            machine.DeltaRefused(),
-            release.version,
-            reason=error.reason,
-            message=f"the delta of {delta.component.name} failed ({error.message}); the full payload is fetched",
-        )
-        self._parts.inbox.discard(delta.payload)
-        self._parts.store.admit(
-            self._parts.inbox.missing_bytes(waiting[0].payload), f"{release.line} {release.version}"
-        )
-        await self._fetch(release, waiting)
-
-    def _plan(self, component: Component) -> Plan:
-        bases = set()
-        for installed in (self._record.active, self._record.previous):
-            if installed is not None:
-                bases |= {installed.plain_sha256, installed.golden_sha256}
-        return payloads.plan(component, {sha256 for sha256 in bases if self._parts.store.has(sha256)})
-
-    def _stored(self, component: Component) -> bool:
-        """Whether the store has the file whole; a damaged one is removed."""
-        store = self._parts.store
-        if not store.has(component.plain_sha256):
-            return False
-        try:
-            os.close(store.open(component.plain_sha256))
-        except StoreError as e:
-            if e.reason is not Reason.PAYLOAD_CORRUPT:
-                raise
-            store.discard(component.plain_sha256)
-            return False
-        return True
-
-    def _key(self, release: Release, wanted: releases.Payload) -> bytes:
-        parts = self._parts
-        return payloads.content_key(release, wanted, self._grants, parts.keys, parts.identity.device)
-
-    # -- trying it -----------------------------------------------------------------------------------------------------
-
-    async def _trial(self, candidate: Candidate) -> UpdateEvent:
-        """From TESTING to the end."""
-        host = self._parts.host
-        version = candidate.version
-        tested = await host.self_test(candidate)
-        chosen = next(c for c in candidate.components if c.name == tested.component)
-        candidate = self._candidate(candidate.release, [chosen])
-        self.holds &= {chosen.plain_sha256, candidate.release.golden.plain_sha256}
-        self._say(machine.SelfTestPassed(_installed(candidate)), version, tested=tested)
-        await host.activate(candidate, tested)
-        self._say(machine.Activated(), version, tested=tested)
-        probation = await host.probation(candidate)
+    def _commit(self, candidate: Candidate) -> Outcome | None:
         record = self._parts.journal.record
         line, outcome = machine.step(record.line(self._line), machine.ProbationPassed())
         record = record.with_line(line)
@@ -313,71 +222,61 @@ class Update:
             record = replace(record, clock_floor=floor)
         self._parts.journal.save(record, commit=True)
         self._parts.collect()
-        synthetic = " (synthetic)" if probation.synthetic else ""
-        message = f"{self._line} {version} committed{synthetic} with {candidate.component.name} on {tested.delegate}"
-        return self._event(version, outcome, message=message, tested=tested, probation=probation)
+        return outcome
+
+    # -- bad ends ------------------------------------------------------------------------------------------------------
 
     async def _end(self, error: OtaError) -> UpdateEvent:
         """Every bad end: journal it, put the serving release back if the candidate was live, say so."""
-        record = self._record
+        ledger, record = self._ledger, self._ledger.record
         version, state = record.pending_version, record.state
         if self._assignment is not None:
             version = version or self._assignment.version
-        event = _failure(state, error, self._component_rejected)
+        outcome: Outcome | None = Outcome.FAILED
         try:
-            outcome = self._save(event)
+            # at rest nothing had begun: the waiting candidate found its accelerator in use
+            if state is not State.IDLE:
+                outcome = ledger.save(_failure(state, error, self._component_rejected))
+            elif isinstance(error, Rejected) and error.reason is not Reason.BUSY:
+                ledger.save(machine.CandidateWithdrawn())  # nothing here can try it any more
         finally:
             if state in LIVE:
                 await self._revert()
         if outcome is not Outcome.FAILED:
             self._parts.collect()
-        return self._event(
+        if isinstance(error, Postponed):
+            outcome = None  # by policy: it goes on later, and nobody failed
+        return ledger.event(
             version, outcome, reason=error.reason, message=error.message, hint=error.hint, attempt=record.attempts
         )
 
     async def _revert(self) -> None:
-        active = self._record.active
-        previous = None if active is None else payloads.stored_candidate(self._parts.store, active)
         try:
-            await self._parts.host.revert(self._line, previous)
+            await put_back(self._parts, self._line)
         except OtaError as e:
-            self._tell("", e.reason, f"the committed release does not serve: {e.message}")
+            self._ledger.tell("", e.reason, f"the committed release does not serve: {e.message}")
 
     def _candidate(self, release: Release, components: Sequence[Component]) -> Candidate:
         opener = payloads.opener(self._parts.store)
         return Candidate(release, components[0], opener, alternatives=tuple(components[1:]))
 
-    # -- saying it -----------------------------------------------------------------------------------------------------
 
-    @property
-    def _record(self) -> LineRecord:
-        return self._parts.journal.record.line(self._line)
+async def put_back(parts: Parts, line: str) -> None:
+    """Let the host serve the committed release of `line` again; when cancelled here, it stays to be done.
 
-    def _save(self, event: machine.Event) -> Outcome | None:
-        journal = self._parts.journal
-        line, outcome = machine.step(self._record, event)
-        journal.save(journal.record.with_line(line))
-        return outcome
-
-    def _say(self, event: machine.Event, version: str = "", **details: Unpack[Details]) -> UpdateEvent:
-        return self._event(version, self._save(event), **details)
-
-    def _tell(self, version: str, reason: Reason, message: str) -> None:
-        self._event(version, None, reason=reason, message=message)
-
-    def _event(self, version: str, outcome: Outcome | None, **details: Unpack[Details]) -> UpdateEvent:
-        counts, record = self._counts, self._record
-        traffic = replace(
-            self._traffic,
-            fetched_bytes=counts.fetched_bytes,
-            refetched_bytes=counts.refetched_bytes,
-            duplicate_bytes=counts.duplicate_bytes,
-        )
-        details.setdefault("attempt", record.attempts)
-        ended = None if outcome is None else outcome.value
-        said = UpdateEvent(self._line, version, record.state.value, ended, traffic=traffic, **details)
-        self._parts.emit(said)
-        return said
+    Raises:
+        OtaError: it does not serve.
+    """
+    parts.unreverted.add(line)
+    try:
+        active = parts.journal.record.line(line).active
+        previous = None if active is None else payloads.stored_candidate(parts.store, active)
+        reverting = parts.host.revert(line, previous)
+        await within(parts.limits.revert_timeout_s, f"putting the committed release of {line} back", reverting)
+    except OtaError:
+        parts.unreverted.discard(line)
+        raise
+    parts.unreverted.discard(line)
 
 
 def _installed(candidate: Candidate) -> Installed:
@@ -395,7 +294,7 @@ def _installed(candidate: Candidate) -> Installed:
 
 def _failure(state: State, error: OtaError, component_rejected: bool) -> machine.Event:
     """Whose fault `error` was in `state`. A release is quarantined once its bytes were opened or it ran."""
-    at_fault = not isinstance(error, TransferError | StoreError) and error.reason is not Reason.BUSY
+    at_fault = not isinstance(error, TransferError | StoreError) and error.reason not in _NOBODYS_FAULT
     if state is State.TESTING and error.reason is Reason.BUSY:
         return machine.TrialPostponed(error.reason)
     if state in (State.TESTING, *LIVE):

@@ -3,33 +3,40 @@
 Order of use: construct, `await recover()` once, serve `active(line)` for every line, then `check` as often as wanted.
 Not here: the steps of one update (`update`), trust (`repository`, `trust`), anything that runs a model (`ports.Host`).
 Invariants: one update per line at a time, and lines do not wait for each other; a repository is refreshed by one task
-at a time; whatever goes wrong, `active(line)` stays a committed release whose files open, if the device has any.
+at a time; whatever goes wrong, `active(line)` stays a committed release whose files open, if the device has any; a
+device whose revocation was verified installs nothing any more.
 """
 
 from __future__ import annotations
 
 import asyncio
 import hashlib
-import os
 import random
 from collections.abc import Callable, Sequence
+from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 
 from ota.client import machine, payloads
-from ota.client.desired import Desired
+from ota.client.configuration import Configuration
+from ota.client.desired import Assignment, Desired
 from ota.client.fetch import Inbox
 from ota.client.fsops import Fs
 from ota.client.journal import Journal, Record
+from ota.client.ledger import Parts
 from ota.client.limits import Limits
-from ota.client.machine import LIVE, LineRecord, Outcome, State
-from ota.client.ports import Candidate, Clock, DeviceKeys, Host, Identity, Installed, Traffic, Transport, UpdateEvent
-from ota.client.repository import Refreshed, Repository
+from ota.client.locks import Locks, LockView
+from ota.client.machine import LIVE, Outcome, State
+from ota.client.policy import Gate
+from ota.client.ports import Candidate, Clock, DeviceKeys, Host, Identity, Transport, UpdateEvent
+from ota.client.repository import Repository
+from ota.client.rest import Rest
+from ota.client.rivals import Run, cancelled, check_other, expelled, outranked, postponed, stuck
 from ota.client.store import Store
-from ota.client.transports.directory import DirectoryTransport
-from ota.client.update import Parts, Update
+from ota.client.transports.stick import reach
+from ota.client.update import Update, put_back
+from ota.client.wishes import Wishes
 from ota.errors import OtaError, Reason, StoreError
 
-DEVICE = "*"
 MAIN = "main"
 SIDELOAD = "sideload"
 
@@ -48,6 +55,12 @@ class Updater:
         rng: jitter.
         limits: every bound.
         on_event: told of every step, in order; must not block and must not raise.
+        on_revoked: called once, when verified metadata says that this device is expelled.
+        on_settings: given the settings that verified metadata wants here (None for none), after every refresh.
+
+    Attributes:
+        settings: which settings are in force or on trial; whoever embeds this acts on them.
+        gate: when and how fast payloads are fetched; None at any time.
 
     Raises:
         StoreError: the state directory cannot be used at all.
@@ -65,26 +78,45 @@ class Updater:
         rng: random.Random,
         limits: Limits,
         on_event: Callable[[UpdateEvent], None],
+        on_revoked: Callable[[], None] = lambda: None,
+        on_settings: Callable[[str | None], None] = lambda _: None,
+        gate: Gate | None = None,
     ) -> None:
         self._fs = fs
         self._pinned_root = pinned_root
         self._transports = tuple(transports)
-        self._clock = clock
         self._limits = limits
-        self._emit = on_event
         self._journal = Journal(fs)
-        self._store = Store(fs, keys.storage, limits.reserve_bytes)
-        inbox = Inbox(fs, limits, rng)
-        self._inbox = inbox
+        self._store = Store(fs, keys.storage, limits.reserve_bytes, keys.retired_storage)
         self._main = Repository(fs, self._journal, MAIN, pinned_root, limits)
-        self._parts = Parts(identity, keys, self._journal, self._store, inbox, host, limits, on_event, self._collect)
-        self._refreshing: dict[str, asyncio.Lock] = {}
-        self._running: dict[str, tuple[asyncio.Task[UpdateEvent], Update]] = {}
+        self.settings = Configuration(fs, self._journal)
+        self._locks = Locks()
+        device = (identity, keys, self._journal, self._store, Inbox(fs, limits, rng, gate), host)
+        self._parts = Parts(*device, limits, self._locks, on_event, lambda: self._rest.collect())
+        self._rest = Rest(self._parts, lambda: {held for run in self._running.values() for held in run.update.holds})
+        self._on_revoked = on_revoked
+        self._on_settings = on_settings
+        self._wishes = Wishes(self._parts, clock, self._expel)
+        self._running: dict[str, Run] = {}
 
     @property
     def record(self) -> Record:
         """What is installed, pending and quarantined, and the floors; for status and telemetry."""
         return self._journal.record
+
+    def locks(self) -> list[LockView]:
+        """Which line holds which accelerator and how much disk, and who waits; for status."""
+        return self._locks.view()
+
+    @property
+    def store(self) -> Store:
+        """The sealed files; for the rotation of the key they are under."""
+        return self._store
+
+    @property
+    def busy(self) -> bool:
+        """Whether an update of some line is under way."""
+        return bool(self._running)
 
     def active(self, line: str) -> Candidate | None:
         """The committed release of a line, for the host to serve; None before the first commit.
@@ -92,7 +124,7 @@ class Updater:
         Raises:
             StoreError: `io_error`.
         """
-        installed = self._line(line).active
+        installed = self._rest.line(line).active
         return None if installed is None else payloads.stored_candidate(self._store, installed)
 
     async def recover(self) -> list[UpdateEvent]:
@@ -105,15 +137,15 @@ class Updater:
         """
         events: list[UpdateEvent] = []
         if self._journal.condition is not None:
-            events.append(self._device_event(self._journal.condition))
+            events.append(self._rest.device_event(self._journal.condition))
         for name in sorted(self.record.lines):
             try:
-                events += self._settle(name)
-                events += self._check_active(name)
+                events += self._rest.settle(name)
+                events += await self._rest.check_active(name)
             except StoreError as e:
-                events.append(self._line_event(name, None, e))
+                events.append(self._rest.line_event(name, None, e))
             await asyncio.sleep(0)
-        self._collect()
+        self._rest.collect()
         return events
 
     async def check(self, line: str | None = None) -> list[UpdateEvent]:
@@ -124,20 +156,47 @@ class Updater:
         """
         return await self._round(self._main, self._transports, line)
 
-    async def sideload(self, path: Path, root: bytes | None = None) -> list[UpdateEvent]:
-        """Update from a directory with a repository in it; the same checks as over the network.
+    async def consult(self, transport: Transport) -> bool:
+        """Whether the verified documents of `transport` say that this device is expelled; `on_revoked` was called then.
+        Nothing is installed from there.
+
+        Raises:
+            OtaError: they cannot be had or verified.
+        """
+        try:
+            await self._wishes.ask(self._main, (transport,), allow_expired=False)
+        except OtaError as e:
+            if e.reason is not Reason.DEVICE_REVOKED:
+                raise
+            return True
+        return False
+
+    async def sideload(
+        self, path: Path, root: bytes | None = None, *, allow_expired: bool = False
+    ) -> list[UpdateEvent]:
+        """Update from a directory or stored zip with a repository in it; the same checks as over the network.
 
         Args:
             root: pinned root of that repository, which names its floors; None for the one from enrolment.
+            allow_expired: an operator answers for it that dates are not looked at; floors and counters are.
         """
         try:
-            transport = DirectoryTransport(path, self._parts.identity.device)
+            transport = await reach(path, self._parts.identity.device)
             anchor = root or self._pinned_root
             name = f"{SIDELOAD}-{hashlib.sha256(anchor).hexdigest()[:12]}"
             repository = Repository(self._fs, self._journal, name, anchor, self._limits)
         except OtaError as e:
-            return [self._device_event(e)]
-        return await self._round(repository, (transport,), None)
+            return [self._rest.device_event(e)]
+        return await self._round(repository, (transport,), None, allow_expired)
+
+    async def serve(self, line: str) -> None:
+        """Let the host serve the committed release of a line that it could not serve at the start.
+
+        Raises:
+            OtaError: it does not serve; `busy` when that may be otherwise later.
+        """
+        async with self._writing(line, "start"):
+            await put_back(self._parts, line)
 
     async def rollback(self, line: str) -> UpdateEvent:
         """Serve the previous release again, because a person says so; the active one is quarantined.
@@ -147,24 +206,30 @@ class Updater:
             StoreError: the previous release does not open, or the journal cannot be written; nothing changed.
         """
         self._refuse_busy(line)
-        await self._rest(line)
-        record = self._line(line)
-        previous = None if record.previous is None else payloads.stored_candidate(self._store, record.previous)
-        if record.previous is None or previous is None:
-            raise OtaError(
-                Reason.NOT_FOUND, f"{line} has no previous release", hint="edge-agent status shows what is installed"
-            )
-        self._prove(record.previous)
-        outcome = self._save(record, machine.OperatorRolledBack())
-        failure: OtaError | None = None
-        try:
-            await self._parts.host.revert(line, previous)
-        except OtaError as e:
-            failure = e
-        message = f"{line} is back at {previous.version}" + (
-            f", which does not serve: {failure.message}" if failure else ""
-        )
-        return self._line_event(line, outcome, OtaError(Reason.OPERATOR, message), previous.version)
+        async with self._writing(line, "rollback"):
+            self._refuse_busy(line)
+            return await self._rest.go_back(line, machine.OperatorRolledBack(), "")
+
+    async def unfit(self, line: str, release_sha256: str, error: OtaError) -> UpdateEvent | None:
+        """Serve the previous release again because the committed one keeps failing in service, for the reason of
+        `error`; it is quarantined. An update under way that has not gone live makes room and is tried again later.
+
+        Returns:
+            How it ended; None when that release is not the committed one any more, or does not serve now.
+
+        Raises:
+            OtaError: `not_found` without a previous release; `busy` when the update does not end.
+            StoreError: the previous release does not open, or the journal cannot be written; nothing changed.
+        """
+        if self._rest.line(line).state in LIVE or not self._rest.is_active(line, release_sha256):
+            return None
+        if (run := self._running.get(line)) is not None:
+            run.error = postponed(line)
+            await self._stop(line, run)
+        async with self._writing(line, "rollback"):
+            if not self._rest.is_active(line, release_sha256):
+                return None
+            return await self._rest.go_back(line, machine.ActiveUnfit(error.reason), f": {error.message}")
 
     def retry(self, line: str) -> None:
         """Lift the quarantine of a line's releases, because a person says so.
@@ -174,45 +239,60 @@ class Updater:
             StoreError: the journal cannot be written.
         """
         self._refuse_busy(line)
-        record = self._line(line)
+        record = self._rest.line(line)
         if record.state is State.IDLE and record.quarantine:
-            self._save(record, machine.QuarantineLifted())
+            self._rest.save(record, machine.QuarantineLifted())
 
     async def cancel(self, line: str) -> bool:
         """Stop the running update of a line and return to what it served before; False when none runs. What was
         fetched stays for the next check."""
-        running = self._running.get(line)
-        if running is None:
+        run = self._running.get(line)
+        if run is None:
             return False
-        task = running[0]
-        task.cancel()
-        await asyncio.wait([task])
-        await self._rest(line)
+        run.error = cancelled(line)
+        await self._stop(line, run)
         return True
+
+    async def _stop(self, line: str, run: Run) -> None:
+        """Cancel a running update and bring its line to rest.
+
+        Raises:
+            OtaError: `busy`: it did not end.
+        """
+        run.task.cancel()
+        _, pending = await asyncio.wait([run.task], timeout=self._limits.cancel_timeout_s)
+        if pending:
+            raise stuck(line)
+        async with self._writing(line, "cancel"):
+            if line not in self._running:
+                await self._rest.rest(line)
 
     # -- one round over the lines --------------------------------------------------------------------------------------
 
     async def _round(
-        self, repository: Repository, transports: Sequence[Transport], line: str | None
+        self, repository: Repository, transports: Sequence[Transport], line: str | None, allow_expired: bool = False
     ) -> list[UpdateEvent]:
         events: list[UpdateEvent] = []
-        refreshed: Refreshed | None = None
+        desired: Desired | None = None
         try:
-            async with self._refreshing.setdefault(repository.name, asyncio.Lock()):
-                refreshed = await repository.refresh(transports, self._parts.identity.device, self._clock())
+            desired = await self._wishes.ask(repository, transports, allow_expired=allow_expired)
+            if repository is self._main:
+                self._on_settings(desired.settings)
         except OtaError as e:
-            events.append(self._device_event(e))
-        waiting = {name for name, record in self.record.lines.items() if record.candidate or self._unsettled(name)}
-        names = waiting
-        desired = None
-        if refreshed is not None:
-            desired = refreshed.desired
-            names = waiting | set(desired.assignments) | set(desired.refused)
-            self._emit(UpdateEvent(DEVICE, "", State.CHECKING.value, traffic=Traffic(refreshed.metadata_bytes)))
+            events.append(self._rest.device_event(e))
+        if self._wishes.revoked:
+            return events
+        names = {name for name, record in self.record.lines.items() if record.candidate or self._rest.unsettled(name)}
+        names -= self._running.keys()
+        named = set() if desired is None else set(desired.assignments) | set(desired.refused)
+        # a stick says nothing of lines that are not on it
+        names = names | named if repository is self._main else named
         if line is not None:
             names &= {line}
+        elif repository is self._main:
+            names = {name for name in names if not self._goes_on(name, desired)}
         ended = await asyncio.gather(
-            *(self._one(name, desired, transports) for name in sorted(names)), return_exceptions=True
+            *(self._one(name, desired, transports, repository.name) for name in sorted(names)), return_exceptions=True
         )
         for result in ended:
             if isinstance(result, UpdateEvent):
@@ -220,145 +300,96 @@ class Updater:
             elif not isinstance(result, asyncio.CancelledError):
                 raise result
         if line is not None and not events:
-            events.append(self._line_event(line, Outcome.UP_TO_DATE, None))
+            events.append(self._rest.line_event(line, Outcome.UP_TO_DATE, None))
         return events
 
-    async def _one(self, line: str, desired: Desired | None, transports: Sequence[Transport]) -> UpdateEvent:
+    def _expel(self) -> None:
+        for run in self._running.values():
+            run.error = expelled()
+            run.task.cancel()
+        self._on_revoked()
+
+    def _goes_on(self, line: str, desired: Desired | None) -> bool:
+        """Whether a general look leaves the running update of `line` alone. One that has not come to its trial yet
+        and is not wanted any more makes room."""
+        run = self._running.get(line)
+        if run is None:
+            return False
+        wanted = desired.assignments.get(line) if desired is not None else None
+        early = self._rest.line(line).state in (State.CHECKING, State.FETCHING)
+        return not (early and run.update.wanted and wanted is not None and wanted.sha256 != run.update.wanted)
+
+    async def _one(
+        self, line: str, desired: Desired | None, transports: Sequence[Transport], source: str
+    ) -> UpdateEvent:
         """One line's part of a round, as a task that `cancel` can find."""
-        if line in self._running:
-            busy = OtaError(Reason.BUSY, f"an update of {line} is running", hint="wait for it", retry=True)
-            return self._line_event(line, Outcome.FAILED, busy)
-        update = Update(self._parts, line)
-        task = asyncio.get_running_loop().create_task(self._advance(line, update, desired, transports))
-        self._running[line] = (task, update)
+        assignment = None if desired is None else desired.assignments.get(line)
+        version = assignment.version if assignment else self._rest.line(line).pending_version
+        # a stick does not change while it is read
+        recheck = self._wishes.recheck(self._main, transports, line) if source == MAIN else None
+        update = Update(self._parts, line, None if desired is None else desired.grants, transports, recheck)
+        try:
+            await self._make_room(line, update, assignment, source)
+        except OtaError as e:
+            return self._rest.line_event(line, Outcome.FAILED, e, version)
+        # from here on `cancel` finds the new one; it begins when the one before it has ended
+        task = asyncio.get_running_loop().create_task(self._advance(line, update, desired))
+        run = Run(task, update, source, version)
+        self._running[line] = run
+        task.add_done_callback(lambda _: self._forget(line, run))
         try:
             return await task
-        finally:
-            if not task.done():
+        except asyncio.CancelledError:
+            ours = asyncio.current_task()
+            if not task.cancelled() or run.error is None or ours is None or ours.cancelling():
                 task.cancel()
-                await asyncio.wait([task])
+                raise
+            return self._rest.line_event(line, Outcome.FAILED, run.error, run.version)
+
+    async def _make_room(self, line: str, update: Update, assignment: Assignment | None, source: str) -> None:
+        """Cancel the running update of a line if `update` may take its place.
+
+        Raises:
+            OtaError: the running one stays: `busy`, `superseded`, or why the contender may not run at all.
+        """
+        while (run := self._running.get(line)) is not None:
+            check_other(run, line, assignment.sha256 if assignment else None)
+            if assignment is None:
+                return
+            release = await update.acceptable(assignment)
+            error = outranked(run, release, latest_decides=source == run.source == MAIN)
+            if self._running.get(line) is run:
+                run.error = error
+                run.task.cancel()
+                return
+
+    def _forget(self, line: str, run: Run) -> None:
+        if self._running.get(line) is run:
             del self._running[line]
 
-    async def _advance(
-        self, line: str, update: Update, desired: Desired | None, transports: Sequence[Transport]
-    ) -> UpdateEvent:
+    def _writing(self, line: str, who: str) -> AbstractAsyncContextManager[None]:
+        """Whoever changes a line's record or its serving release does so alone; `busy` and `state_timeout` as there."""
+        limits = self._limits
+        return self._locks.exclusive(f"line {line}", who, wait_s=limits.lock_wait_s, timeout_s=limits.update_timeout_s)
+
+    async def _advance(self, line: str, update: Update, desired: Desired | None) -> UpdateEvent:
         try:
-            await self._rest(line)
-            assignment = None if desired is None else desired.assignments.get(line)
-            candidate = self._line(line).candidate
-            if candidate is not None:
-                withdrawn = desired is not None and (
-                    assignment is None or assignment.sha256 != candidate.release_sha256
-                )
-                if not withdrawn:
-                    return await update.resume()
-                self._save(self._line(line), machine.CandidateWithdrawn())
-            if desired is not None and assignment is not None:
-                return await update.run(assignment, desired.grants, transports)
-            if desired is not None and line in desired.refused:
-                return await update.refuse(desired.refused[line])
-            return self._line_event(line, Outcome.UP_TO_DATE, None)
+            async with self._writing(line, "update"):
+                await self._rest.rest(line)
+                assignment = None if desired is None else desired.assignments.get(line)
+                candidate = self._rest.line(line).candidate
+                if candidate is not None:
+                    if desired is None or (assignment and assignment.sha256 == candidate.release_sha256):
+                        return await update.resume()
+                    self._rest.save(self._rest.line(line), machine.CandidateWithdrawn())
+                if desired is not None and assignment is not None:
+                    return await update.run(assignment)
+                if desired is not None and line in desired.refused:
+                    return await update.refuse(desired.refused[line])
+                return self._rest.line_event(line, Outcome.UP_TO_DATE, None)
         except OtaError as e:
-            return self._line_event(line, Outcome.FAILED, e)
-
-    # -- bringing lines to rest ----------------------------------------------------------------------------------------
-
-    def _unsettled(self, line: str) -> bool:
-        return line not in self._running and self._line(line).state is not State.IDLE
-
-    def _settle(self, line: str) -> list[UpdateEvent]:
-        """Apply the recovery map to a line that no task works on."""
-        record = self._line(line)
-        if record.state is State.IDLE:
-            return []
-        outcome = self._save(record, machine.Interrupted(self._limits.trial_attempts))
-        if outcome is None:
-            return []
-        reason = Reason.STATE_CORRUPT if record.state is State.UNKNOWN else Reason.INTERRUPTED
-        message = f"{line} {record.pending_version} was interrupted while {record.state.value}, trial {record.attempts}"
-        return [self._line_event(line, outcome, OtaError(reason, message), record.pending_version)]
-
-    async def _rest(self, line: str) -> None:
-        """As `_settle`, for a line whose host may still serve the candidate of a cancelled update."""
-        live = self._line(line).state in LIVE
-        try:
-            self._settle(line)
-        finally:
-            if live:
-                await self._parts.host.revert(line, self.active(line))
-
-    def _check_active(self, line: str) -> list[UpdateEvent]:
-        """Replace an active release whose files were lost or damaged by the one before it."""
-        events: list[UpdateEvent] = []
-        while (active := self._line(line).active) is not None:
-            try:
-                if payloads.stored_candidate(self._store, active) is None:
-                    raise StoreError(Reason.NOT_FOUND, f"release.json of {line} {active.version} is gone")
-                self._prove(active)
-                break
-            except StoreError as e:
-                if e.reason not in (Reason.NOT_FOUND, Reason.PAYLOAD_CORRUPT):
-                    raise
-                outcome = self._save(self._line(line), machine.ActiveDamaged())
-                events.append(self._line_event(line, outcome, e, active.version))
-        return events
-
-    def _prove(self, installed: Installed) -> None:
-        for sha256 in (installed.plain_sha256, installed.golden_sha256):
-            os.close(self._store.open(sha256))
-
-    def _collect(self) -> None:
-        """Remove stored files, releases and fetched parts that no record and no running update needs."""
-        plain: set[str] = set()
-        kept: set[str] = set()
-        sealed: set[str] = set()
-        for installed in self._journal.references():
-            plain |= {installed.plain_sha256, installed.golden_sha256}
-            kept.add(installed.release_sha256)
-        for _, update in self._running.values():
-            plain |= update.holds
-        try:
-            for line in self.record.lines.values():
-                release = self._store.release(line.pending_sha256) if line.pending_sha256 else None
-                if release is not None:
-                    kept.add(release.sha256)
-                    sealed.update(payloads.payload_hashes(release))
-                    plain.update(part.plain_sha256 for part in (*release.components, release.golden))
-            self._store.collect(plain, kept)
-            self._inbox.collect(frozenset(sealed))
-        except StoreError as e:
-            self._device_event(e)  # what could not be removed is removed next time
-
-    # -- small things --------------------------------------------------------------------------------------------------
-
-    def _line(self, line: str) -> LineRecord:
-        return self._journal.record.line(line)
-
-    def _save(self, record: LineRecord, event: machine.Event) -> Outcome | None:
-        line, outcome = machine.step(record, event)
-        self._journal.save(self._journal.record.with_line(line), commit=outcome is Outcome.ROLLED_BACK)
-        return outcome
+            return self._rest.line_event(line, Outcome.FAILED, e)
 
     def _refuse_busy(self, line: str) -> None:
         if line in self._running:
             raise OtaError(Reason.BUSY, f"an update of {line} is running", hint="wait, or cancel it", retry=True)
-
-    def _line_event(self, line: str, outcome: Outcome | None, error: OtaError | None, version: str = "") -> UpdateEvent:
-        record = self._line(line)
-        event = UpdateEvent(
-            line,
-            version,
-            record.state.value,
-            None if outcome is None else outcome.value,
-            None if error is None else error.reason,
-            "" if error is None else error.message,
-            "" if error is None else error.hint,
-            record.attempts,
-        )
-        self._emit(event)
-        return event
-
-    def _device_event(self, error: OtaError) -> UpdateEvent:
-        event = UpdateEvent(DEVICE, "", State.IDLE.value, Outcome.FAILED.value, error.reason, error.message, error.hint)
-        self._emit(event)
-        return event

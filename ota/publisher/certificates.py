@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ipaddress
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -27,6 +27,8 @@ from ota.publisher.keys import KeyStore, private_pem
 SERVICE_NAME = "ota_service"
 OPERATOR_NAME = "ota_operator"
 _IDENTITY_PATTERN = re.compile(r"ota_[a-z0-9_]{1,40}")
+LISTENER_NAME = "listener"
+REVOKED_LIST = "revoked.pem"
 DEFAULT_BROKER_NAMES = ("localhost", "127.0.0.1", "::1")
 # Boards without a battery-backed clock start in the past; a certificate is valid a day before it was made.
 _BACKDATE = timedelta(days=1)
@@ -52,6 +54,11 @@ class Authority:
     def broker_tls(self) -> TlsPaths:
         """What the broker needs."""
         return self._paths("broker")
+
+    @property
+    def listener_tls(self) -> TlsPaths:
+        """What the enrolment listener needs."""
+        return self._paths(LISTENER_NAME)
 
     @property
     def service_tls(self) -> TlsPaths:
@@ -107,6 +114,41 @@ class Authority:
         alternatives = [_alternative(name) for name in names]
         self._issue_pair("broker", names[0][:64], ExtendedKeyUsageOID.SERVER_AUTH, alternatives, now, days)
 
+    def issue_listener(self, names: Sequence[str], now: datetime, days: int) -> None:
+        """As `issue_broker`, for the enrolment listener.
+
+        Raises:
+            PublishError: `bad_spec`.
+        """
+        alternatives = [_alternative(name) for name in names]
+        self._issue_pair(LISTENER_NAME, names[0][:64], ExtendedKeyUsageOID.SERVER_AUTH, alternatives, now, days)
+
+    def revocation_list(self, revoked: Iterable[tuple[int, datetime]], number: int, now: datetime) -> bytes:
+        """The list of revoked certificates as PEM.
+
+        It stays valid as long as the authority: a broker that meets an expired list refuses every device, and what a
+        list on the broker's own disk misses, no date can tell.
+
+        Args:
+            revoked: serial number and time of each.
+            number: of this list; grows by one with each.
+        """
+        issuer = self.certificate()
+        key = self._keys.load("ca.key", ec.EllipticCurvePrivateKey)
+        builder = (
+            x509.CertificateRevocationListBuilder()
+            .issuer_name(issuer.subject)
+            .last_update(now - _BACKDATE)
+            .next_update(issuer.not_valid_after_utc)
+            .add_extension(x509.CRLNumber(number), critical=False)
+            .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(key.public_key()), critical=False)
+        )
+        for serial, moment in revoked:
+            builder = builder.add_revoked_certificate(
+                x509.RevokedCertificateBuilder().serial_number(serial).revocation_date(moment).build()
+            )
+        return builder.sign(key, hashes.SHA256()).public_bytes(serialization.Encoding.PEM)
+
     def issue_client(self, name: str, now: datetime, days: int) -> None:
         """Make a client key and certificate that are no device's, replacing older ones of that name.
 
@@ -127,7 +169,17 @@ class Authority:
         Raises:
             PublishError: `key_missing`.
         """
-        extension = self._load("broker.pem").extensions.get_extension_for_class(x509.SubjectAlternativeName)
+        return self._names("broker.pem")
+
+    def listener_state(self) -> tuple[tuple[str, ...], datetime] | None:
+        """Names and end of the listener's certificate; None when there is none yet."""
+        paths = self.listener_tls
+        if not paths.certificate.is_file() or not paths.key.is_file():
+            return None
+        return self._names(paths.certificate.name), self._load(paths.certificate.name).not_valid_after_utc
+
+    def _names(self, file_name: str) -> tuple[str, ...]:
+        extension = self._load(file_name).extensions.get_extension_for_class(x509.SubjectAlternativeName)
         hosts = extension.value.get_values_for_type(x509.DNSName)
         addresses = extension.value.get_values_for_type(x509.IPAddress)
         return (*hosts, *(str(address) for address in addresses))
@@ -247,5 +299,9 @@ def _alternative(name: str) -> x509.GeneralName:
     if len(name) > 253 or not all(
         0 < len(label) <= 63 and label.isascii() and label.replace("-", "").isalnum() for label in labels
     ):
-        raise PublishError(Reason.BAD_SPEC, f"broker name {name[:80]!r} is neither a host name nor an address")
+        raise PublishError(
+            Reason.BAD_SPEC,
+            f"broker name {name[:80]!r} is neither a host name nor an address",
+            hint="name it as devices reach it: broker.example or 192.0.2.7",
+        )
     return x509.DNSName(name)

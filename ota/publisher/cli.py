@@ -7,6 +7,7 @@ line `hint: …`, and the exit code of its reason. Nothing here decides anything
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import sys
 from collections.abc import Sequence
@@ -16,14 +17,29 @@ from typing import TextIO
 
 from ota import __version__
 from ota.errors import OtaError, PublishError, Reason, exit_code
-from ota.publisher import build, director, enroll, files, hints, keyverbs, publish, sideload, spec
-from ota.publisher.arguments import Parser, address, seconds
+from ota.publisher import (
+    build,
+    deviceverbs,
+    director,
+    enroll,
+    files,
+    hints,
+    keyverbs,
+    publish,
+    revocation,
+    spec,
+    sticks,
+)
+from ota.publisher.arguments import Parser, address, listening_address, seconds, web_address
 from ota.publisher.certificates import DEFAULT_BROKER_NAMES, SERVICE_NAME
+from ota.publisher.configure import add_configure_verb
 from ota.publisher.create import create
 from ota.publisher.recorder import Recorder
 from ota.publisher.reports import Add, Report, Surroundings, Verb, device_data, release_data, release_lines
 from ota.publisher.repository import Clock, Repository, system_clock
+from ota.publisher.rollback import add_rollback_verb
 from ota.publisher.settings import Settings
+from ota.publisher.stickverbs import add_stick_verbs
 
 _DEFAULT_SPREAD_S = 60
 _NO_IMAGES = "  golden vectors are of generated inputs; [golden] images in the spec would tell more"
@@ -74,6 +90,8 @@ def _init(arguments: argparse.Namespace, around: Surroundings) -> Report:
         broker_names=tuple(arguments.broker_name or DEFAULT_BROKER_NAMES),
         now=around.now,
     )
+    with repository.locked():
+        sticks.create(repository)
     tls = repository.authority.broker_tls
     return Report(
         {
@@ -85,7 +103,7 @@ def _init(arguments: argparse.Namespace, around: Surroundings) -> Report:
             f"repository {repository.path} for tenant {repository.tenant}",
             f"  broker: {tls.ca.name}, {tls.certificate.name} and {tls.key.name} in {tls.ca.parent}, "
             f"valid for {', '.join(repository.authority.broker_names())}",
-            "  keep root-*.pem and targets.pem elsewhere: they sign new roots and new lines only",
+            "  keep root-*.pem and targets.pem elsewhere, of sticks/keys too: they sign new roots and new lines only",
             f"next: edge-ota release {repository.path} --spec FILE",
         ),
     )
@@ -166,14 +184,20 @@ def _serve(arguments: argparse.Namespace, around: Surroundings) -> int:
     repository = Repository.open(arguments.repository, now=around.now)
     host, port = arguments.broker
     paths = repository.authority.client_tls(arguments.identity)
-    return serve.run(
-        repository,
-        host=host,
-        port=port,
-        tls=Tls(str(paths.ca), str(paths.certificate), str(paths.key)),
-        tenant=repository.tenant,
-        client_id=arguments.identity,
-    )
+    with contextlib.ExitStack() as stack:
+        if arguments.enroll is not None:
+            listener = deviceverbs.start_listener(
+                repository, arguments.enroll, arguments.broker, arguments.url, arguments.https
+            )
+            stack.callback(listener.close)
+        return serve.run(
+            repository,
+            host=host,
+            port=port,
+            tls=Tls(str(paths.ca), str(paths.certificate), str(paths.key)),
+            tenant=repository.tenant,
+            client_id=arguments.identity,
+        )
 
 
 def _enroll(arguments: argparse.Namespace, around: Surroundings) -> Report:
@@ -182,10 +206,11 @@ def _enroll(arguments: argparse.Namespace, around: Surroundings) -> Report:
     if request is None:
         raise PublishError(Reason.NOT_FOUND, f"there is no request at {arguments.request}", hint="check the path")
     host, port = arguments.broker
-    enrolled = enroll.enroll(repository, request, host=host, port=port, replace=arguments.replace)
+    places = enroll.Places(host, port, arguments.renewal, arguments.https)
+    wanted = enroll.parse_request(request)
+    with repository.locked():
+        enrolled = (revocation.take_over if arguments.replace else enroll.admit)(repository, wanted, places)
     files.write_atomic(arguments.out, enrolled.bundle)
-    if arguments.replace:
-        director.renew(repository, everything=True, only=enrolled.device.device)
     device = enrolled.device
     names = repository.authority.broker_names()
     warnings = (
@@ -206,31 +231,12 @@ def _enroll(arguments: argparse.Namespace, around: Surroundings) -> Report:
     )
 
 
-def _bundle(arguments: argparse.Namespace, around: Surroundings) -> Report:
-    repository = Repository.open(arguments.repository, now=around.now)
-    written = sideload.write_sideload(repository, arguments.device, arguments.out)
-    return Report(
-        {
-            "device": written.device,
-            "out": str(arguments.out),
-            "releases": [{"line": r.line, "version": r.version} for r in written.releases],
-            "files": written.files,
-            "bytes": written.bytes,
-            "expires": written.expires.isoformat(),
-        },
-        (
-            f"{arguments.out}: {', '.join(f'{r.line} {r.version}' for r in written.releases)} for {written.device}",
-            f"  {written.files} files, {written.bytes} bytes, usable until {written.expires:%Y-%m-%d %H:%M} UTC",
-        ),
-    )
-
-
 def _devices(arguments: argparse.Namespace, around: Surroundings) -> Report:
     repository = Repository.open(arguments.repository, now=around.now)
     found = [device_data(repository, enroll.load_device(repository, name)) for name in repository.devices()]
     lines = [
         f"{d['device']}  {', '.join(r['line'] + ' ' + r['version'] for r in d['desired']) or 'nothing granted'}  "
-        f"certificate until {d['certificate_expires']}"
+        + (f"revoked {d['revoked']}" if d["revoked"] else f"certificate until {d['certificate_expires']}")
         for d in found
     ]
     return Report({"devices": found}, tuple(lines or ["no device is enrolled"]))
@@ -269,6 +275,10 @@ def _parser() -> argparse.ArgumentParser:
 
     _add_releases(add)
     _add_fleet(add)
+    add_rollback_verb(add)
+    add_stick_verbs(add)
+    deviceverbs.add_device_verbs(add)
+    add_configure_verb(add)
     keyverbs.add_key_verbs(add)
     return parser
 
@@ -306,16 +316,18 @@ def _add_fleet(add: Add) -> None:
         metavar="NAME",
         help="identity towards the broker, one for each server process (default: %(default)s)",
     )
+    sub.add_argument(
+        "--enroll", type=listening_address, metavar="HOST[:PORT]", help="also run the enrolment listener there"
+    )
+    deviceverbs.add_listener_options(sub)
 
     sub = add("enroll", _enroll, "Answer a device's enroll-request.json with its bundle.")
     sub.add_argument("request", type=Path, metavar="REQUEST")
     sub.add_argument("--broker", type=address, required=True, metavar="HOST[:PORT]", help="as the device reaches it")
     sub.add_argument("--out", type=Path, required=True, metavar="BUNDLE")
+    sub.add_argument("--renewal", type=web_address, default="", metavar="URL", help="of the enrolment listener")
+    sub.add_argument("--https", type=web_address, default="", metavar="URL", help="of a web server with the repository")
     sub.add_argument("--replace", action="store_true", help="a known device came back with new keys")
-
-    sub = add("bundle", _bundle, "Write a sideload directory for one device, for a stick.")
-    sub.add_argument("device", metavar="DEVICE")
-    sub.add_argument("out", type=Path, metavar="OUT_DIR")
 
     add("devices", _devices, "List the enrolled devices.")
 

@@ -18,7 +18,7 @@ from tuf.api.metadata import (
 
 from ota.errors import PublishError, Reason
 from ota.publisher import files, settings
-from ota.publisher.certificates import DEFAULT_BROKER_NAMES, OPERATOR_NAME, SERVICE_NAME
+from ota.publisher.certificates import DEFAULT_BROKER_NAMES, OPERATOR_NAME, REVOKED_LIST, SERVICE_NAME
 from ota.publisher.keys import ROOT_KEYS, ROOT_THRESHOLD
 from ota.publisher.publish import meta_file
 from ota.publisher.repository import Clock, Repository, system_clock
@@ -58,7 +58,7 @@ def create(
         files.make_directory(path / name, files.SECRET_DIRECTORY_MODE)
     repository = Repository(path, configured, now)
     _make_identities(repository, broker_names)
-    _sign_first(repository)
+    sign_first(repository)
     # last: without it the directory is not a repository
     files.write_atomic(path / "repo.toml", settings.to_toml(configured))
     return repository
@@ -74,9 +74,12 @@ def _make_identities(repository: Repository, broker_names: Sequence[str]) -> Non
     repository.authority.issue_broker(broker_names, now, limits.server_certificate_days)
     for name in (SERVICE_NAME, OPERATOR_NAME):
         repository.authority.issue_client(name, now, limits.server_certificate_days)
+    # an empty list, so that the broker can name it from the start
+    files.write_atomic(repository.path / REVOKED_LIST, repository.authority.revocation_list((), 0, now))
 
 
-def _sign_first(repository: Repository) -> None:
+def sign_first(repository: Repository) -> None:
+    """Version 1 of root, targets, snapshot and timestamp, with the keys that lie in the repository."""
     keys, limits = repository.keys, repository.settings
     root = Root(version=1, expires=repository.expiry(limits.root_days), consistent_snapshot=True)
     for name in ROOT_KEYS:

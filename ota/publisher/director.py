@@ -17,8 +17,8 @@ from tuf.api.metadata import Metadata, TargetFile, Targets
 
 from ota import payload
 from ota.errors import PublishError, Reason
-from ota.publisher import files
-from ota.publisher.enroll import Device, load_device, store_device
+from ota.publisher import files, wanted
+from ota.publisher.enroll import Device, load_device, revoked_error, store_device
 from ota.publisher.publish import check_signed, is_signed, past_half
 from ota.publisher.repository import Listed, Repository, load_metadata
 from ota.publisher.vault import Vault
@@ -40,10 +40,13 @@ def grant(repository: Repository, device: str, line: str, version: str) -> Desir
     """Let `device` run a published release: it replaces the one it had of that line, other lines stay.
 
     Raises:
-        PublishError: `unknown_device`, `unknown_release`, `key_missing`, `busy`, `io_error`, `no_space`.
+        PublishError: `unknown_device`, `device_revoked`, `unknown_release`, `key_missing`, `busy`, `io_error`,
+            `no_space`.
     """
     with repository.locked():
         enrolled = load_device(repository, device)
+        if enrolled.revoked:
+            raise revoked_error(enrolled)
         chosen = repository.find(line, version)
         others = [listed for listed in desired_releases(repository, device) if listed.line != line]
         return _sign(repository, enrolled, sorted([*others, chosen], key=lambda listed: listed.line))
@@ -75,7 +78,20 @@ def resign(repository: Repository, device: str) -> Desired | None:
     The caller holds the repository's lock.
     """
     releases = desired_releases(repository, device)
-    return _sign(repository, load_device(repository, device), releases) if releases else None
+    enrolled = load_device(repository, device)
+    # a document without releases may still say that the device is revoked, which it is no longer
+    known = _current(repository, device) is not None
+    needed = known or releases or enrolled.revoked or wanted.stored(repository, device) is not None
+    return _sign(repository, enrolled, releases) if needed else None
+
+
+def expel(repository: Repository, device: Device) -> Desired:
+    """Sign what tells a device that it is revoked: no grants, and no releases either once it is decommissioned.
+
+    The caller holds the repository's lock and has stored `device`, which is revoked.
+    """
+    releases = [] if device.decommissioned else desired_releases(repository, device.device)
+    return _sign(repository, device, releases)
 
 
 def renew(repository: Repository, *, everything: bool = False, only: str | None = None) -> list[Desired]:
@@ -107,26 +123,39 @@ def _current(repository: Repository, device: str) -> Metadata[Targets] | None:
 def _sign(repository: Repository, device: Device, releases: Sequence[Listed]) -> Desired:
     current = _current(repository, device.device)
     version = max(device.desired_version, current.signed.version if current is not None else 0) + 1
+    settings = wanted.stored(repository, device.device)
     grants: dict[str, Any] = {}
-    for listed in releases:
-        grants |= _grants(repository, device, repository.release(listed))
+    for listed in () if device.revoked else releases:
+        grants |= grants_for(repository, device, repository.release(listed))
     document = Targets(
         version=version,
         expires=repository.expiry(repository.settings.desired_days),
         targets={
             listed.target: TargetFile(listed.length, {"sha256": listed.sha256}, listed.target) for listed in releases
         },
-        unrecognized_fields={"device": device.device, "grants": grants},
+        unrecognized_fields={
+            "device": device.device,
+            "grants": grants,
+            **({"revoked": True, "revoked_keys": _keys_of(device)} if device.revoked else {}),
+            **({} if device.revoked or settings is None else {"settings": settings}),
+        },
     )
     metadata = Metadata(document)
     metadata.sign(repository.keys.signer("director"))
     check_signed(repository.targets().signed, "director", metadata)
-    store_device(repository, replace(device, desired_version=version))
+    # from now on no grant is for the key before
+    store_device(repository, replace(device, desired_version=version, former_hpke=b""))
     files.write_atomic(repository.desired_path(device.device), metadata.to_bytes())
     return Desired(device.device, version, document.expires, tuple(releases), len(grants))
 
 
-def _grants(repository: Repository, device: Device, release: Release) -> dict[str, Any]:
+def _keys_of(device: Device) -> list[str]:
+    """Ids of the keys that the board being expelled has: a later board under the same id has others."""
+    return [device.kid, *([payload.key_id(device.former_hpke)] if device.former_hpke else [])]
+
+
+def grants_for(repository: Repository, device: Device, release: Release) -> dict[str, Any]:
+    """The content keys of `release`, wrapped for `device`, as a desired.json carries them."""
     vault = Vault(repository)
     grants = {}
     for component in (*release.components, release.golden):

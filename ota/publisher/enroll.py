@@ -7,8 +7,7 @@ again only with the same keys, unless the operator says that it was replaced.
 from __future__ import annotations
 
 import base64
-import binascii
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
@@ -23,7 +22,7 @@ from cryptography.x509.oid import NameOID
 from ota import payload, strictjson
 from ota.errors import PublishError, Reason
 from ota.payload import key_id
-from ota.publisher import files
+from ota.publisher import files, sticks
 from ota.publisher.certificates import certificate_pem
 from ota.publisher.repository import Repository, check_device
 
@@ -31,11 +30,25 @@ FORMAT = 1
 MAX_REQUEST_BYTES = 16384
 _MAX_DEVICE_BYTES = 16384
 _HPKE_PUBLIC_BYTES = 32
+MAX_OLDER = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Issued:
+    """A certificate that was issued to a device: its serial number and its end."""
+
+    serial: int
+    expires: str
 
 
 @dataclass(frozen=True, slots=True)
 class Device:
-    """`devices/<id>/device.json`: what the publisher knows of a device."""
+    """`devices/<id>/device.json`: what the publisher knows of a device.
+
+    `hpke_public` is the newest key that the device reported, the one that grants are made for; `former_hpke` the one
+    before, until a grant for the new one is signed. `older` are certificates before the newest that may still be
+    valid. `revoked` is since when the device is expelled, or empty; `decommissioned` that it is not coming back.
+    """
 
     device: str
     hpke_public: bytes
@@ -44,11 +57,30 @@ class Device:
     certificate_expires: str
     enrolled: str
     desired_version: int
+    former_hpke: bytes = b""
+    older: tuple[Issued, ...] = ()
+    revoked: str = ""
+    decommissioned: bool = False
 
     @property
     def kid(self) -> str:
         """Which HPKE key its grants are made for."""
         return key_id(self.hpke_public)
+
+    @property
+    def certificates(self) -> tuple[Issued, ...]:
+        """Every certificate of this device that may still be valid, the newest first."""
+        return (Issued(self.certificate_serial, self.certificate_expires), *self.older)
+
+
+@dataclass(frozen=True, slots=True)
+class Places:
+    """Where a device finds its fleet: the broker; the listener for renewals and the web server, empty for none."""
+
+    host: str
+    port: int
+    renewal: str = ""
+    https: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,54 +92,100 @@ class Enrolled:
 
 
 @dataclass(frozen=True, slots=True)
-class _Request:
+class Request:
+    """What an enrolment request asks for, checked."""
+
     device: str
     public_key: ec.EllipticCurvePublicKey
     hpke_public: bytes
 
+    @property
+    def certificate_key(self) -> bytes:
+        """The public key in DER."""
+        return self.public_key.public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
 
-def enroll(repository: Repository, request: bytes, *, host: str, port: int, replace: bool = False) -> Enrolled:
+    def is_of(self, device: Device) -> bool:
+        """Whether the board that asks is the one that is known, by its newest keys."""
+        return (device.hpke_public, device.certificate_key) == (self.hpke_public, self.certificate_key)
+
+
+def enroll(
+    repository: Repository,
+    request: bytes,
+    *,
+    host: str,
+    port: int,
+    renewal: str = "",
+    https: str = "",
+    replace: bool = False,
+) -> Enrolled:
     """Answer the bytes of an enroll-request.json.
 
     Args:
-        host: the broker, as the device will reach it.
+        host, port, renewal, https: see `Places`; the broker as the device will reach it.
         replace: let a known device come back with other keys.
 
     Raises:
         PublishError: `bad_request` for a request that is malformed or signed by another key, or keys of the wrong kind;
-            `device_exists` for a known device with other keys; `unknown_device` for a name outside the grammar.
+            `device_exists` for a known device with other keys; `device_revoked` for one that was expelled;
+            `unknown_device` for a name outside the grammar.
         OtaError: `bad_json`.
     """
-    wanted = _parse_request(request)
+    wanted = parse_request(request)
     with repository.locked():
-        now, limits = repository.now().replace(microsecond=0), repository.settings
-        certificate_key = wanted.public_key.public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
-        known = load_device(repository, wanted.device) if _has_device(repository, wanted.device) else None
-        if (
-            known is not None
-            and not replace
-            and (known.hpke_public, known.certificate_key) != (wanted.hpke_public, certificate_key)
-        ):
-            raise PublishError(
-                Reason.DEVICE_EXISTS,
-                f"device {wanted.device} is enrolled with other keys",
-                hint="choose another device id, or add --replace if its storage was replaced",
-            )
-        certificate = repository.authority.issue_device(
-            wanted.device, wanted.public_key, now, limits.device_certificate_days
+        return admit(repository, wanted, Places(host, port, renewal, https), replace=replace)
+
+
+def admit(repository: Repository, wanted: Request, places: Places, *, replace: bool = False) -> Enrolled:
+    """As `enroll`, for a checked request, by a caller that holds the repository's lock. With `replace` the record of
+    another board with this id is overwritten: `revocation.take_over` revokes its certificates first."""
+    now = repository.now().replace(microsecond=0)
+    known = load_device(repository, wanted.device) if has_device(repository, wanted.device) else None
+    if known is not None and known.revoked and not replace:
+        raise revoked_error(known)
+    same = known is not None and wanted.is_of(known)
+    if known is not None and not replace and not same:
+        raise PublishError(
+            Reason.DEVICE_EXISTS,
+            f"device {wanted.device} is enrolled with other keys",
+            hint="choose another device id, or add --replace if its storage was replaced",
         )
-        device = Device(
-            wanted.device,
-            wanted.hpke_public,
-            certificate_key,
-            certificate.serial_number,
-            _iso(certificate.not_valid_after_utc),
-            _iso(now),
-            0 if known is None else known.desired_version,
-        )
-        files.make_directory(repository.device_path(wanted.device))
-        store_device(repository, device)
-        return Enrolled(device, _bundle(repository, device, certificate, host, port))
+    certificate = issue(repository, wanted, now)
+    device = Device(
+        wanted.device,
+        wanted.hpke_public,
+        wanted.certificate_key,
+        certificate.serial_number,
+        _iso(certificate.not_valid_after_utc),
+        _iso(now),
+        0 if known is None else known.desired_version,
+        older=() if known is None or not same else still_valid(known.certificates, now)[:MAX_OLDER],
+    )
+    files.make_directory(repository.device_path(wanted.device))
+    store_device(repository, device)
+    return Enrolled(device, bundle(repository, device, certificate, places))
+
+
+def issue(repository: Repository, wanted: Request, now: datetime) -> x509.Certificate:
+    """A certificate for a checked request."""
+    return repository.authority.issue_device(
+        wanted.device, wanted.public_key, now, repository.settings.device_certificate_days
+    )
+
+
+def still_valid(issued: Iterable[Issued], now: datetime) -> tuple[Issued, ...]:
+    """Those that have not ended."""
+    return tuple(one for one in issued if datetime.fromisoformat(one.expires) > now)
+
+
+def revoked_error(device: Device) -> PublishError:
+    """The refusal of a device that was expelled."""
+    what = "decommissioned" if device.decommissioned else "revoked"
+    return PublishError(
+        Reason.DEVICE_REVOKED,
+        f"device {device.device} was {what} at {device.revoked}",
+        hint="a new board under this id: edge-ota replace REPO DEVICE; else enrol it under another id",
+    )
 
 
 def load_device(repository: Repository, device: str) -> Device:
@@ -134,6 +212,10 @@ def load_device(repository: Repository, device: str) -> Device:
             certificate_expires=str(record["certificate_expires"]),
             enrolled=str(record["enrolled"]),
             desired_version=int(record["desired_version"]),
+            former_hpke=base64.b64decode(record.get("former_hpke", ""), validate=True),
+            older=tuple(Issued(int(one["serial"], 16), str(one["expires"])) for one in record.get("older", [])),
+            revoked=str(record.get("revoked", "")),
+            decommissioned=record.get("decommissioned", False) is True,
         )
     except (KeyError, TypeError, ValueError) as e:
         raise PublishError(Reason.STATE_CORRUPT, f"{path} is not a device record: {e!r}", hint="restore it") from e
@@ -141,7 +223,7 @@ def load_device(repository: Repository, device: str) -> Device:
 
 def store_device(repository: Repository, device: Device) -> None:
     """Write the device's record."""
-    record = {
+    record: dict[str, Any] = {
         "version": FORMAT,
         "device": device.device,
         "kid": device.kid,
@@ -152,19 +234,41 @@ def store_device(repository: Repository, device: Device) -> None:
         "enrolled": device.enrolled,
         "desired_version": device.desired_version,
     }
+    if device.former_hpke:
+        record["former_hpke"] = base64.b64encode(device.former_hpke).decode()
+        record["former_kid"] = key_id(device.former_hpke)
+    if device.older:
+        record["older"] = [{"serial": f"{one.serial:x}", "expires": one.expires} for one in device.older]
+    if device.revoked:
+        record |= {"revoked": device.revoked, "decommissioned": device.decommissioned}
     files.write_atomic(repository.device_path(device.device) / "device.json", strictjson.canonical(record) + b"\n")
 
 
-def _has_device(repository: Repository, device: str) -> bool:
+def has_device(repository: Repository, device: str) -> bool:
+    """Whether a device of that id was ever enrolled."""
     return (repository.device_path(device) / "device.json").is_file()
 
 
-def _parse_request(data: bytes) -> _Request:
+def parse_request(data: bytes) -> Request:
+    """Check an enrolment request.
+
+    Raises:
+        PublishError, OtaError: as `enroll`.
+    """
     record = strictjson.loads(data, max_bytes=MAX_REQUEST_BYTES, what="enrolment request")
     if not isinstance(record, dict) or record.get("version") != FORMAT:
         raise _bad(f"it is not of version {FORMAT}")
+    return request_from(record)
+
+
+def request_from(record: Mapping[str, Any]) -> Request:
+    """The same from a parsed object that holds `device`, `csr` and `hpke_public`.
+
+    Raises:
+        PublishError: as `enroll`.
+    """
     device = check_device(_text(record, "device"))
-    return _Request(device, _csr_key(_text(record, "csr"), device), _hpke_key(_text(record, "hpke_public")))
+    return Request(device, _csr_key(_text(record, "csr"), device), _hpke_key(_text(record, "hpke_public")))
 
 
 def _csr_key(pem: str, device: str) -> ec.EllipticCurvePublicKey:
@@ -187,7 +291,7 @@ def _csr_key(pem: str, device: str) -> ec.EllipticCurvePublicKey:
 def _hpke_key(text: str) -> bytes:
     try:
         raw = base64.b64decode(text, validate=True)
-    except binascii.Error as e:
+    except ValueError as e:  # not base64, or not even ASCII
         raise _bad("its hpke_public is not base64") from e
     if len(raw) != _HPKE_PUBLIC_BYTES:
         raise _bad(f"its hpke_public has {len(raw)} bytes, not {_HPKE_PUBLIC_BYTES}")
@@ -212,20 +316,25 @@ def _bad(why: str) -> PublishError:
     )
 
 
-def _bundle(repository: Repository, device: Device, certificate: x509.Certificate, host: str, port: int) -> bytes:
+def bundle(repository: Repository, device: Device, certificate: x509.Certificate, places: Places) -> bytes:
+    """What the device is started with."""
     root = repository.read_metadata("root", repository.root_version())
     if root is None:
         raise PublishError(Reason.STATE_CORRUPT, "the newest root metadata cannot be read", hint="restore a backup")
-    bundle = {
+    fields: dict[str, Any] = {
         "version": FORMAT,
         "device": device.device,
         "tenant": repository.tenant,
         "certificate": certificate_pem(certificate),
         "ca": certificate_pem(repository.authority.certificate()),
-        "broker": {"host": host, "port": port},
+        "broker": {"host": places.host, "port": places.port},
         "root": root.decode(),
     }
-    return strictjson.canonical(bundle) + b"\n"
+    fields |= {key: url for key, url in (("renewal", places.renewal), ("https", places.https)) if url}
+    # long-lived metadata for sticks is signed by keys of its own, which the device trusts for sticks alone
+    if (sideload_root := sticks.pin(repository, device.device)) is not None:
+        fields["sideload_root"] = sideload_root
+    return strictjson.canonical(fields) + b"\n"
 
 
 def _iso(moment: datetime) -> str:

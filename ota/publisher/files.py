@@ -14,6 +14,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import BinaryIO
 
 from ota.errors import PublishError, Reason
 
@@ -64,6 +65,47 @@ def write_atomic(path: Path, data: bytes, mode: int = PUBLIC_MODE) -> None:
         if temporary is not None:
             with suppress(OSError):
                 os.unlink(temporary)
+
+
+def write_new(path: Path, data: bytes) -> None:
+    """Write a file that does not exist yet, on whatever file system a stick has: without a temporary name, and
+    without modes, which FAT does not take. Durable when this returns; a cut before leaves nothing, or a part.
+
+    Raises:
+        PublishError: `io_error` or `no_space`.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, PUBLIC_MODE)
+        with os.fdopen(fd, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(fd)
+        _sync_directory(path.parent)
+    except OSError as e:
+        raise _io_error(f"cannot write {path}", e) from e
+
+
+@contextmanager
+def new_file(path: Path) -> Iterator[BinaryIO]:
+    """A file that does not exist yet, to be written in pieces; durable afterwards, removed again if that fails.
+
+    Raises:
+        PublishError: `io_error` or `no_space`.
+    """
+    try:
+        with path.open("xb") as file:
+            try:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            except BaseException:
+                with suppress(OSError):
+                    path.unlink()
+                raise
+        _sync_directory(path.parent)
+    except OSError as e:
+        raise _io_error(f"cannot write {path}", e) from e
 
 
 def rename(path: Path, to: Path) -> None:
@@ -127,7 +169,8 @@ def read_regular(path: Path, max_bytes: int) -> bytes | None:
         if length > max_bytes:
             raise PublishError(Reason.UNSAFE_FILE, f"{path} has {length} bytes, more than the {max_bytes} allowed")
         try:
-            return file.read(max_bytes)
+            # not `max_bytes`, for which the buffer would be allocated beforehand
+            return file.read(length)
         except OSError as e:
             raise _io_error(f"cannot read {path}", e) from e
 

@@ -24,24 +24,24 @@ class Hinted:
     status: int = 0
 
 
-def tell(repository: Repository, broker: tuple[str, int] | None, lines: Sequence[str], spread_s: int) -> Hinted:
-    """Tell all devices of the tenant about `lines`, as the identity `ota_operator`.
+def tell(repository: Repository, broker: tuple[str, int] | None, lines: Sequence[str] | None, spread_s: int) -> Hinted:
+    """Tell all devices of the tenant about `lines`, as the identity `ota_operator`; None for no line in particular.
 
     Args:
         broker: host and port; None sends nothing.
         spread_s: devices wait a random part of it first.
     """
-    if broker is None or not lines:
+    if broker is None or lines == []:
         return Hinted()
     # paho is loaded by commands that talk to a broker alone
     from ota.brokertls import Tls
-    from ota.publisher import serve
+    from ota.publisher import announce
 
     paths = repository.authority.operator_tls
     tls = Tls(str(paths.ca), str(paths.certificate), str(paths.key))
     try:
-        for line in lines:
-            serve.send_hint(
+        for line in (None,) if lines is None else lines:
+            announce.send_hint(
                 host=broker[0],
                 port=broker[1],
                 tls=tls,
@@ -54,4 +54,5 @@ def tell(repository: Repository, broker: tuple[str, int] | None, lines: Sequence
     except OtaError as e:
         warning = f"no hint was sent: {e.message}" + (f"; {e.hint}" if e.hint else "")
         return Hinted(warnings=(warning,), status=exit_code(e.reason))
-    return Hinted(tuple(lines), (f"devices were told to look at {', '.join(lines)} within {spread_s} s",))
+    what = " at " + ", ".join(lines) if lines else ""
+    return Hinted(tuple(lines or ()), (f"devices were told to look{what} within {spread_s} s",))

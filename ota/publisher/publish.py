@@ -30,6 +30,8 @@ from ota.publisher.keys import release_role
 from ota.publisher.repository import Repository
 from ota.release import Release, target_name
 
+ALLOW_ROLLBACK_TO = "allow_rollback_to"
+
 
 @dataclass(frozen=True, slots=True)
 class Published:
@@ -46,13 +48,18 @@ def meta_file(version: int, data: bytes) -> MetaFile:
 
 
 def publish(
-    repository: Repository, wanted: Sequence[tuple[str, str]] | None = None, *, rekey: str | None = None
+    repository: Repository,
+    wanted: Sequence[tuple[str, str]] | None = None,
+    *,
+    rekey: str | None = None,
+    back_to: tuple[str, int] | None = None,
 ) -> Published:
     """Sign prepared releases and a new timestamp; without any prepared release the timestamp is renewed alone.
 
     Args:
         wanted: (line, version) pairs, or None for everything prepared.
         rekey: a delegated role that is to be delegated to its present key alone.
+        back_to: a line with releases, and the lowest counter that its devices may go back to; 0 for none.
 
     Raises:
         PublishError: `unknown_release`, `key_missing`, `busy`, `io_error`, `no_space`.
@@ -64,6 +71,8 @@ def publish(
             pending.add(release)
         if rekey is not None:
             pending.rekey(rekey)
+        if back_to is not None:
+            pending.allow_back(*back_to)
         pending.renew()
         result = Published(tuple(chosen), pending.versions, pending.sign_and_write())
         for release in chosen:
@@ -112,7 +121,17 @@ class _Pending:
         target = TargetFile.from_data(target_name(release.line, release.version), release.raw)
         target.unrecognized_fields["custom"] = {"release_counter": release.release_counter}
         role.signed.targets[target.path] = target
+        # an order to go back meant the releases before this one
+        role.signed.unrecognized_fields.pop(ALLOW_ROLLBACK_TO, None)
         self._target_files[target.path] = release
+
+    def allow_back(self, line: str, counter: int) -> None:
+        """Let devices of `line` go back to `counter`; with 0 no longer."""
+        role = self._roles[line]
+        self._change(release_role(line), role, self._repository.settings.release_days)
+        role.signed.unrecognized_fields.pop(ALLOW_ROLLBACK_TO, None)
+        if counter:
+            role.signed.unrecognized_fields[ALLOW_ROLLBACK_TO] = counter
 
     def rekey(self, name: str) -> None:
         """Delegate the role `name` to its present key alone; `renew` then signs it anew."""

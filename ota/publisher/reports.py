@@ -112,6 +112,8 @@ def device_data(repository: Repository, device: Device) -> dict[str, Any]:
         "certificate_expires": device.certificate_expires,
         "enrolled": device.enrolled,
         "desired_version": device.desired_version,
+        "revoked": device.revoked,
+        "decommissioned": device.decommissioned,
         "desired": [
             {"line": listed.line, "version": listed.version}
             for listed in director.desired_releases(repository, device.device)

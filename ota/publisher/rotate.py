@@ -44,7 +44,7 @@ def rotate(repository: Repository, name: str) -> Rotated:
     with repository.locked():
         signer = repository.keys.next_signer(name)
         if name in ROOT_KEYS or name in _TOP_LEVEL:
-            _sign_root(repository, name, signer)
+            sign_root(repository, name, signer)
         else:
             # found out before anything moves: it has to sign the new delegation
             repository.keys.signer("targets")
@@ -62,7 +62,7 @@ def _refuse_unknown(repository: Repository, name: str) -> None:
         )
 
 
-def _sign_root(repository: Repository, name: str, signer: CryptoSigner) -> None:
+def sign_root(repository: Repository, name: str, signer: CryptoSigner) -> None:
     """Write the next root, with `signer` in the place of `name`; nothing when the newest root has it already."""
     old = repository.root()
     role = "root" if name in ROOT_KEYS else name

@@ -23,18 +23,18 @@ from typing import Protocol
 from ota import blocks
 from ota.blocks import Header, Item, Request, Status
 from ota.brokertls import client_context
-from ota.errors import BrokerError, OtaError, Reason
-from ota.mailbox import Acknowledged, Inbox, Lost, Message, Received, Sent, Subscribed
+from ota.errors import OtaError
+from ota.mailbox import Connected, Event, Inbox, Lost, Message, Received, Sent, Subscribed
 from ota.mqtt import Limits, Mqtt, Reconnect, ReconnectPolicy, Settings, Subscription, Tls
 from ota.pace import TokenBucket
-from ota.release import DEVICE_PATTERN, LINE_PATTERN
-from ota.strictjson import canonical
+from ota.release import DEVICE_PATTERN
 
 REQUEST_FILTER = "$share/ota/edge/v1/+/+/blk/get"
 _ANSWER_EXPIRY_S = 60
-_HINT_EXPIRY_S = 3600
-_MAX_SPREAD_S = 7 * 86_400
 _QUOTA_COST_BYTES = 1024
+_LARGEST_PACKET_BYTES = 1 << 28
+# a PUBLISH packet around payload, tenant and device: fixed header 5, topic 26, properties 8 + 23 + 18 + 76, rounded up
+_ENVELOPE_BYTES = 176
 
 
 class Source(Protocol):
@@ -101,6 +101,9 @@ class BlockServer:
         source: the repository.
         tenant: the only tenant it answers.
         clock: monotonic seconds.
+
+    Attributes:
+        max_packet_bytes: largest packet that the broker takes; no answer is larger.
     """
 
     def __init__(
@@ -114,6 +117,7 @@ class BlockServer:
         self._payloads: collections.OrderedDict[str, tuple[int, int]] = collections.OrderedDict()
         self._documents: collections.OrderedDict[Item, tuple[bytes, str]] = collections.OrderedDict()
         self._cached_bytes = 0
+        self.max_packet_bytes = _LARGEST_PACKET_BYTES
         self.served = Served()
 
     def answer(self, received: Received) -> Message | None:
@@ -176,7 +180,7 @@ class BlockServer:
         if request.max_bytes is None or len(content) > request.max_bytes:
             self.served.refused += 1
             return self._message(device, header, Status.TOO_LARGE, b"", "")
-        part = content[request.offset : request.offset + request.length]
+        part = content[request.offset : request.offset + min(request.length, self._room(device))]
         return self._message(device, header, Status.OK, part, digest)
 
     def _document(self, device: str, item: Item) -> tuple[bytes, str] | None:
@@ -218,8 +222,16 @@ class BlockServer:
             # a device asks within the signed length: what lies here is no longer what was sealed
             self.served.not_found += 1
             return self._message(device, header, Status.NOT_FOUND, b"", "")
+        room = self._room(device)
+        if request.length > room:
+            self.served.refused += 1
+            return self._message(device, Header(request.rid, request.offset, room), Status.TOO_LARGE, b"", "")
         block = os.pread(fd, request.length, request.offset)
         return self._message(device, header, Status.OK, block, "")
+
+    def _room(self, device: str) -> int:
+        """Bytes of payload that fit into one packet to `device`."""
+        return max(0, self.max_packet_bytes - _ENVELOPE_BYTES - len(self._tenant) - len(device))
 
     def _payload(self, sha256: str) -> tuple[int, int] | None:
         opened = self._payloads.get(sha256)
@@ -293,14 +305,7 @@ def run(
         while not stopping:
             mqtt.start()  # only if its thread should have died
             event = inbox.get(0.5)
-            if isinstance(event, Received):
-                _answer(server, event, mqtt, say)
-            elif isinstance(event, Subscribed) and event.refused:
-                say(f"{host}:{port} refuses the subscription: may {client_id} read requests? See the broker's ACL")
-            elif isinstance(event, Subscribed):
-                say(f"connected to {host}:{port} as {client_id}")
-            elif isinstance(event, Lost):
-                say(f"{event.error.reason.value}: {event.error.message}; next attempt in {event.retry_in_s:.1f} s")
+            _take(server, event, mqtt, say)
     finally:
         for number, handler in former.items():
             signal.signal(number, handler)
@@ -311,6 +316,22 @@ def run(
     return 0
 
 
+def _take(server: BlockServer, event: Event | None, mqtt: Mqtt, say: Callable[[str], None]) -> None:
+    """Answer a request, or say what became of the connection."""
+    settings = mqtt.settings
+    where = f"{settings.host}:{settings.port}"
+    if isinstance(event, Connected):
+        server.max_packet_bytes = event.max_packet_bytes
+    elif isinstance(event, Received):
+        _answer(server, event, mqtt, say)
+    elif isinstance(event, Subscribed) and event.refused:
+        say(f"{where} refuses the subscription: may {settings.client_id} read requests? See the broker's ACL")
+    elif isinstance(event, Subscribed):
+        say(f"connected to {where} as {settings.client_id}")
+    elif isinstance(event, Lost):
+        say(f"{event.error.reason.value}: {event.error.message}; next attempt in {event.retry_in_s:.1f} s")
+
+
 def _answer(server: BlockServer, event: Received, mqtt: Mqtt, say: Callable[[str], None]) -> None:
     fault = server.served.last_fault
     answer = server.answer(event)
@@ -318,70 +339,6 @@ def _answer(server: BlockServer, event: Received, mqtt: Mqtt, say: Callable[[str
         server.served.unsent += 1
     if server.served.last_fault != fault:
         say(f"cannot read the repository: {server.served.last_fault}")
-
-
-def send_hint(
-    *,
-    host: str,
-    port: int,
-    tls: Tls,
-    tenant: str,
-    client_id: str,
-    line: str | None = None,
-    spread_s: int = 0,
-    timeout_s: float = 15.0,
-) -> None:
-    """Tell every device of `tenant` to check for updates within `spread_s` seconds.
-
-    A hint carries no authority: a device that gets it does what it would have done anyway, only sooner.
-
-    Args:
-        tls: an operator's identity. Not the one of a running server: the hint would take over its connection.
-        line: the line that changed, None for any.
-
-    Raises:
-        BrokerError: the broker cannot be reached within `timeout_s`, or refuses the message.
-    """
-    if line is not None and not LINE_PATTERN.fullmatch(line):
-        raise OtaError(Reason.BAD_SPEC, f"{line[:40]!r} is not the name of a line")
-    hint = {"v": 1, "line": line, "spread_s": max(0, min(spread_s, _MAX_SPREAD_S))}
-    topic = f"edge/v1/{tenant}/fleet/hint"
-    message = Message(topic, canonical(hint), expiry_s=_HINT_EXPIRY_S, purpose="hints", token="hint")
-    _publish_once(Settings(host, port, tls, client_id), message, timeout_s)
-
-
-def _publish_once(settings: Settings, message: Message, timeout_s: float) -> None:
-    inbox = Inbox()
-    reconnect = Reconnect(ReconnectPolicy(first_s=1.0, longest_s=2.0), random.Random())
-    mqtt = Mqtt(settings, inbox, reconnect=reconnect, clock=time.monotonic)
-    mqtt.publish(message)
-    mqtt.start()
-    error = BrokerError(
-        Reason.BROKER_UNREACHABLE,
-        f"{settings.host}:{settings.port}: no answer in {timeout_s:g} s",
-        hint="is the broker running?",
-        retry=True,
-    )
-    deadline_s = time.monotonic() + timeout_s
-    try:
-        while (left_s := deadline_s - time.monotonic()) > 0:
-            event = inbox.get(left_s)
-            if isinstance(event, Lost):
-                error = event.error
-                if error.reason is not Reason.BROKER_UNREACHABLE and error.reason is not Reason.BROKER_LOST:
-                    break
-            elif isinstance(event, Acknowledged) and event.code < 0x80:
-                return
-            elif isinstance(event, Acknowledged):
-                error = BrokerError(
-                    Reason.BROKER_REFUSED,
-                    f"the broker refuses to publish on {message.topic} ({event.code:#x})",
-                    hint=f"may {settings.client_id} publish there? See the broker's ACL",
-                )
-                break
-        raise error
-    finally:
-        mqtt.close(0.0 if not mqtt.connected else 1.0)
 
 
 _STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)

@@ -23,7 +23,8 @@ _MAX_DELTA_RELEASES = 16
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """Limits and lifetimes of a repository. Every `*_days` counts from the moment of signing."""
+    """Limits and lifetimes of a repository. Every `*_days` counts from the moment of signing, but for
+    `renewal_grace_days`: how long after its end a device's certificate still proves who asks for a new one."""
 
     version: int = FORMAT
     tenant: str = "edge"
@@ -33,9 +34,11 @@ class Settings:
     snapshot_days: int = 30
     timestamp_days: int = 7
     desired_days: int = 30
+    stick_days: int = 180
     ca_days: int = 7300
     server_certificate_days: int = 825
     device_certificate_days: int = 825
+    renewal_grace_days: int = 365
     delta_releases: int = 3
 
 
@@ -65,7 +68,7 @@ def parse(data: bytes) -> Settings:
     """
     try:
         table = tomllib.loads(data.decode())
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as e:
+    except (ValueError, RecursionError) as e:  # tomllib: also for integers of thousands of digits
         raise PublishError(Reason.BAD_SPEC, f"repo.toml: {e}") from e
     defaults = Settings()
     known = {field.name: getattr(defaults, field.name) for field in fields(Settings)}

@@ -84,7 +84,7 @@ def load(path: Path, *, model: Path | None = None) -> Spec:
         raise PublishError(Reason.NOT_FOUND, f"there is no spec at {path}", hint="check the path after --spec")
     try:
         table = tomllib.loads(data.decode())
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as e:
+    except (ValueError, RecursionError) as e:  # tomllib: also for integers of thousands of digits
         raise PublishError(Reason.BAD_SPEC, f"{path.name}: {e}", hint="the file is not valid TOML") from e
     return parse(table, path.parent, where=path.name, model=model)
 

@@ -67,4 +67,4 @@ class Vault:
 
 def _vault_info(line: str, version: str, cek_id: str) -> bytes:
     """HPKE `info` of the vault; differs from every grant's in its first part."""
-    return "\0".join(("edge-ota vault v1", line, version, cek_id)).encode()
+    return "\0".join(("edge-ota vault v1", payload.WRAP_SUITE, line, version, cek_id)).encode()

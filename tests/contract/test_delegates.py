@@ -267,9 +267,7 @@ def with_external_data(location: str, where: str) -> bytes:
     else:
         out = helper.make_tensor_value_info("o", TensorProto.FLOAT, [1, 4])
         branch = helper.make_graph([constant, helper.make_node("Identity", ["w"], ["o"])], "b", [], [out])
-        condition = helper.make_node(
-            "Constant", [], ["c"], value=numpy_helper.from_array(np.asarray(True), "t")
-        )
+        condition = helper.make_node("Constant", [], ["c"], value=numpy_helper.from_array(np.asarray(True), "t"))
         choice = helper.make_node("If", ["c"], ["w2"], then_branch=branch, else_branch=branch)
         graph = helper.make_graph([condition, choice, helper.make_node("Add", ["x", "w2"], ["y"])], "g", [x], [y])
     return helper.make_model(graph, opset_imports=opset, ir_version=9).SerializeToString()

@@ -77,7 +77,7 @@ class Fleet:
     def start_broker(self) -> int:
         """Mosquitto with the shipped configuration; returns its port."""
         server = Identity("broker", *(str(self.keys / name) for name in ("ca.pem", "broker.pem", "broker.key")))
-        self.broker = Broker(self.folder / "broker", server)
+        self.broker = Broker(self.folder / "broker", server, crl=str(self.keys.parent / "revoked.pem"))
         self.broker.start()
         return self.broker.port
 

@@ -24,6 +24,12 @@ def test_the_operators_guide_ends_with_an_update_by_delta(fleet: str) -> None:
     assert missing("fleet.md", fleet) == set()
 
 
+def test_the_lifecycle_guide_ends_with_a_device_that_is_gone(lifecycle: str) -> None:
+    assert "belt-02 is revoked: no grants, no renewal" in lifecycle
+    assert "belt-02  nothing granted  revoked 20" in lifecycle
+    assert "state: reset" in lifecycle
+
+
 def test_the_own_model_guide_ends_with_the_model_serving_on_a_device(own_model: str) -> None:
     assert "label 7" in own_model
     assert "digits 1.0.0 on " in own_model

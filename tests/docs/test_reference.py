@@ -105,11 +105,12 @@ def test_config_md_lists_exactly_the_keys_of_agent_toml() -> None:
     def fields(value: object) -> set[str]:
         return {field.name for field in dataclasses.fields(value)}  # type: ignore[arg-type]
 
-    tables = {"sources", "lines", "telemetry", "update"}
-    assert documented.keys() == {"", "source", "line", "telemetry", "update"}
+    tables = {"sources", "lines", "broker", "telemetry", "update"}
+    assert documented.keys() == {"", "source", "line", "broker", "telemetry", "update"}
     assert documented[""].keys() == fields(example) - tables - {"path"}
     assert documented["source"].keys() == {"name", "kind", *example.sources[0].options}
     assert documented["line"].keys() == fields(example.lines[0])
+    assert documented["broker"].keys() == fields(example.broker)
     assert documented["telemetry"].keys() == fields(example.telemetry)
     assert documented["update"].keys() == fields(example.update)
 
@@ -120,6 +121,8 @@ def test_config_md_gives_the_defaults_that_hold() -> None:
     parsed = config.parse(minimal, Path("/etc/edge-agent/agent.toml"))
 
     def written(value: object) -> str:
+        if value is None or value == ():
+            return ""
         if isinstance(value, bool):
             return "true" if value else "false"
         return f"{value:g}" if isinstance(value, (int, float)) else str(value)
@@ -131,7 +134,7 @@ def test_config_md_gives_the_defaults_that_hold() -> None:
         assert documented["source"][key] == written(source.options[key])
     for key in ("threads", "explore"):
         assert documented["line"][key] == written(getattr(line, key))
-    for table, value in (("telemetry", parsed.telemetry), ("update", parsed.update)):
+    for table, value in (("broker", parsed.broker), ("telemetry", parsed.telemetry), ("update", parsed.update)):
         for key, default in documented[table].items():
             assert default == written(getattr(value, key)), f"[{table}] {key}"
 
@@ -150,7 +153,13 @@ def _ranges() -> list[tuple[str, str, float, float]]:
 def test_config_md_gives_the_ranges_that_hold() -> None:
     def parse(table: str, key: str, value: float) -> config.Config:
         source = {"name": "a", "kind": "video", "path": "/a"}
-        tables = {"source": [source], "line": [{"name": "l", "source": "a"}], "telemetry": {}, "update": {}}
+        tables = {
+            "source": [source],
+            "line": [{"name": "l", "source": "a"}],
+            "telemetry": {},
+            "update": {},
+            "broker": {},
+        }
         where = tables[table]
         (where[0] if isinstance(where, list) else where)[key] = value
         return config.parse(tables, Path("/etc/edge-agent/agent.toml"))

@@ -41,7 +41,7 @@ class World:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.port = free_port()
+        self.port, self.listener_port = free_port(), free_port()
         self.log = folder / "shell.log"
         self._groups: list[int] = []
         for name in ("models", "packaging"):
@@ -70,6 +70,7 @@ class World:
         """Carry out a script as `run` does."""
         for shown, ours in _SHOWN_PORT.items():
             script = script.replace(shown, ours.format(self.port))
+        script = script.replace("127.0.0.1:8884", f"127.0.0.1:{self.listener_port}")
         before = len(self.output())
         with self.log.open("ab") as log:
             shell = subprocess.Popen(

@@ -94,6 +94,7 @@ class Broker:
         directory: for its configuration, its database and `broker.log`.
         server: the broker's own certificate; `server.ca` is what clients are checked against.
         port: loopback port; 0 picks a free one, which restarts keep.
+        crl: list of revoked certificates of `server.ca`; None for a broker that is told of none.
         options: lines of mosquitto.conf to replace or, where the shipped file has none, to add; a None removes.
     """
 
@@ -105,12 +106,14 @@ class Broker:
         host: str = "127.0.0.1",
         port: int = 0,
         options: Mapping[str, str | None] | None = None,
+        crl: str | None = None,
     ) -> None:
         self.directory = directory
         self.host = host
         self.port = port
         self._server = server
         self._options = dict(options or {})
+        self._crl = crl
         self._process: subprocess.Popen[bytes] | None = None
         directory.mkdir(parents=True, exist_ok=True)
 
@@ -163,6 +166,11 @@ class Broker:
         self.stop()
         self.start()
 
+    def reload(self) -> None:
+        """Read its configuration again (SIGHUP)."""
+        if self._process is not None:
+            self._process.send_signal(signal.SIGHUP)
+
     def freeze(self) -> None:
         """Stop answering without closing anything (SIGSTOP)."""
         if self._process is not None:
@@ -214,6 +222,7 @@ class Broker:
             "cafile": self._server.ca,
             "certfile": self._server.certificate,
             "keyfile": self._server.key,
+            "crlfile": self._crl,
             "acl_file": str(_SHIPPED / "acl"),
             "persistence_location": f"{self.directory}/",
             # started as root it would change to a user that cannot read the files above

@@ -38,13 +38,15 @@ class FakeHost:
     """Serves byte strings. `serving` maps a line to (version, model); `calls` logs (step, line, version, component).
 
     `delegates` are the component names it can run, best first; None means all. With `explore` the last
-    component that reproduces its golden vectors wins. `hold` steps wait for their event.
+    component that reproduces its golden vectors wins. `hold` steps wait for their event. `accelerators` are those that
+    every candidate needs for itself.
     """
 
     delegates: Sequence[str] | None = None
     explore: bool = False
     faults: dict[tuple[str, str], OtaError] = field(default_factory=dict)
     hold: dict[tuple[str, str], asyncio.Event] = field(default_factory=dict)
+    accelerators: Sequence[str] = ()
     serving: dict[str, tuple[str, bytes]] = field(default_factory=dict)
     calls: list[tuple[str, str, str, str]] = field(default_factory=list)
     transforms: list[str] = field(default_factory=list)
@@ -65,6 +67,9 @@ class FakeHost:
         payload = b"".join(memfd.chunks(payload_fd))
         base = None if base_fd is None else b"".join(memfd.chunks(base_fd))
         return memfd.write_sealed("decoded", out_length, lambda view: delta.apply(codec, payload, base, view))
+
+    def exclusive(self, candidate: Candidate) -> Sequence[str]:
+        return self.accelerators
 
     async def self_test(self, candidate: Candidate) -> Tested:
         await self._step("self_test", candidate)

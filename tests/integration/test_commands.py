@@ -150,11 +150,11 @@ AGENT: list[Case] = [
     (("status", "--config", "good.toml"), "daemon_unreachable", "no daemon answers", "edge-agent run"),
     (("update", "--config", "good.toml"), "daemon_unreachable", "no daemon answers", "edge-agent run"),
     (("run", "--config", "good.toml"), "not_enrolled", "not enrolled", "edge-agent enroll"),
-    (("sideload", "none", "--config", "good.toml"), "bad_usage", "none is not a directory", "edge-ota bundle"),
+    (("sideload", "none", "--config", "good.toml"), "bad_usage", "none does not exist", "edge-ota bundle"),
     (("enroll", "--device", "Belt 1", "--config", "good.toml"), "bad_usage", "'Belt 1'", "a-z, 0-9 and -"),
     (("enroll", "--bundle", "none.json", "--config", "good.toml"), "bad_bundle", "none.json", "edge-ota enroll"),
     (("enroll", "--bundle", "text.avi", "--config", "good.toml"), "key_missing", "device.key", "enroll"),
-    (("enroll", "--config", "good.toml"), "bad_usage", "--device --bundle is required", "enroll --help"),
+    (("enroll", "--config", "good.toml"), "bad_usage", "--device --bundle --server is required", "enroll --help"),
     (("infer", MODEL), "bad_usage", "IMAGE", "infer --help"),
     (("inferr", MODEL), "bad_usage", "'inferr'", "--help"),
     (("infer", "none.onnx", PICTURE), "model_missing", "none.onnx does not exist", ".onnx"),
@@ -266,10 +266,12 @@ def test_a_bundle_that_is_not_this_devices_changes_nothing(
 ) -> None:
     other = json.loads((device.fleet.folder / OTHER / "bundle.json").read_text())
     (tmp_path / "bundle.json").write_text(json.dumps(make(bundle_of(device), other)))
-    enrolment, keys = device.state / "enrolment", device.state / "keys"
+    twin = device.twin(tmp_path)  # its daemon does not run, as enrolling asks for
+    enrolment, keys = twin.state / "enrolment", twin.state / "keys"
     with unchanged(enrolment, keys):
-        words = ("enroll", "--config", device.config, "--bundle", "bundle.json")
+        words = ("enroll", "--config", "agent.toml", "--bundle", "bundle.json")
         told = refused("edge-agent", *words, folder=tmp_path)
+    twin.fleet.stop()
     assert told.reason == "bad_bundle"
     assert message in told.message
 
@@ -367,9 +369,14 @@ def test_a_daemon_serves_though_broker_and_device_do_not_trust_each_other(
 ) -> None:
     stranger = Authority(tmp_path / "stranger").issue(device.fleet.device)
     with twin(device, tmp_path) as made:
-        places = {"certificate": "enrolment/device.crt", "key": "keys/device.key", "ca": "enrolment/ca.crt"}
+        bundle = made.state / "enrolment" / "bundle.json"
+        fields = json.loads(bundle.read_text())
         for name in files:
-            shutil.copyfile(getattr(stranger, name), made.state / places[name])
+            if name == "key":
+                shutil.copyfile(stranger.key, made.state / "keys" / "device.key")
+            else:
+                fields[name] = Path(getattr(stranger, name)).read_text()
+        bundle.write_text(json.dumps(fields))
         made.start("1.0.0")
         until("the condition", lambda: any(made.condition("LinkConnected", reason) for reason in reasons))
         assert made.ask()["link"]["hint"]
@@ -435,7 +442,7 @@ def test_an_expired_timestamp_is_a_condition_until_the_operator_signs_again(devi
     publish(Repository.open(repo, now=lambda: long_ago), [])
     device.look()
     condition = until("the condition", lambda: device.condition("MetadataFresh"))
-    assert condition["reason"] == "metadata_expired"
+    assert condition["reason"] == "timestamp_expired"
     assert "timestamp expired at" in condition["message"]
     did("edge-ota", "publish", "repo", folder=device.fleet.folder)
     device.look()

@@ -105,10 +105,10 @@ def test_a_stick_for_another_device_is_refused(device: Device, tmp_path: Path) -
     twin = device.twin(tmp_path)
     made = stick(device, "1.0.0", tmp_path / "stick", OTHER)
     asked = ("edge-agent", "sideload", made, "--config", "agent.toml")
-    with unchanged(tmp_path):
+    with unchanged(made, tmp_path / "state" / "state", tmp_path / "state" / "store"):
         told = refused(*asked, folder=tmp_path)
     assert told.reason == "not_for_this_device"
-    assert told.hint == f"edge-ota bundle REPO {device.fleet.device} DIRECTORY writes it anew"
+    assert told.hint == f"edge-ota bundle REPO {device.fleet.device} OUT writes a stick for it"
     # put where this device looks, it still says whose it is
     (made / "devices" / OTHER).rename(made / "devices" / device.fleet.device)
     told = refused(*asked, folder=tmp_path)

@@ -13,7 +13,8 @@ import pytest
 
 @pytest.mark.parametrize("version", ["1.0.0", "1.1.0"])
 def test_components_and_baselines_reproduce_the_committed_accuracy(
-        version: str, digits_evaluate: ModuleType, models_folder: Path) -> None:
+    version: str, digits_evaluate: ModuleType, models_folder: Path
+) -> None:
     committed = json.loads((models_folder / "digits" / version / "metrics.json").read_text())["rows"]
     found = {row.component: row for row in digits_evaluate.measure(version, digits_evaluate.heldout())}
     assert [row["component"] for row in committed] == list(found)
@@ -46,5 +47,6 @@ def test_the_split_by_position_has_no_shared_picture(models_folder: Path) -> Non
 
 @pytest.mark.parametrize(("hits", "n", "low", "high"), [(50, 100, 0.4038, 0.5962), (0, 10, 0.0, 0.2775)])
 def test_the_wilson_interval_matches_published_values(
-        hits: int, n: int, low: float, high: float, digits_evaluate: ModuleType) -> None:
+    hits: int, n: int, low: float, high: float, digits_evaluate: ModuleType
+) -> None:
     assert digits_evaluate.wilson(hits, n) == pytest.approx((low, high), abs=5e-4)

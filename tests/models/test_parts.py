@@ -36,7 +36,8 @@ def _committed(models_folder: Path, version: str) -> dict[tuple[str, str], dict[
 
 @pytest.mark.parametrize("version", ["1.0.0", "1.1.0"])
 def test_a_seeded_subset_of_heldout_pictures_scores_within_the_committed_interval(
-        version: str, measured: dict[tuple[str, str, str], pipeline.Score], models_folder: Path) -> None:
+    version: str, measured: dict[tuple[str, str, str], pipeline.Score], models_folder: Path
+) -> None:
     committed = _committed(models_folder, version)
     assert {component for component, _ in committed} == {"int8.tflite", "int8.onnx", "baseline"}
     for (component, light), row in committed.items():
@@ -57,7 +58,8 @@ def test_the_update_sees_in_the_evening_and_costs_about_a_point_by_day(models_fo
 
 @pytest.mark.parametrize("version", ["1.0.0", "1.1.0"])
 def test_a_component_beats_the_blob_baseline_beyond_both_intervals_under_every_light_it_learned(
-        version: str, models_folder: Path) -> None:
+    version: str, models_folder: Path
+) -> None:
     recipe = tomllib.loads((models_folder / "parts" / "recipe.toml").read_text())
     committed = _committed(models_folder, version)
     for light in recipe["release"][version]["lights"]:
@@ -93,8 +95,10 @@ def test_a_picture_is_the_same_bytes_again_and_its_boxes_lie_inside(light: scene
 
 
 def test_evening_pictures_are_darker_and_warmer_than_day_pictures() -> None:
-    day, evening = (np.mean([scene.render(scene.HELDOUT, light, i).image.mean(axis=(0, 1)) for i in range(8)], axis=0)
-                    for light in scene.LIGHTS)
+    day, evening = (
+        np.mean([scene.render(scene.HELDOUT, light, i).image.mean(axis=(0, 1)) for i in range(8)], axis=0)
+        for light in scene.LIGHTS
+    )
     assert evening.mean() < 0.7 * day.mean()
     assert evening[2] / evening[0] > day[2] / day[0]
 
@@ -115,8 +119,11 @@ def test_the_clip_is_the_same_bytes_again_with_a_truth_for_every_frame(parts_cli
 
 def test_a_part_on_the_clip_moves_with_the_belt_from_frame_to_frame() -> None:
     first, second = islice(scene.clip_frames(2.0, 30), 2)
-    inner = [(b, [o for o in second.boxes if o[0] == b[0] and o[2] == b[2]]) for b in first.boxes
-             if b[1] > 0 and b[3] < WIDTH - 5]
+    inner = [
+        (b, [o for o in second.boxes if o[0] == b[0] and o[2] == b[2]])
+        for b in first.boxes
+        if b[1] > 0 and b[3] < WIDTH - 5
+    ]
     assert inner
     for box, same in inner:
         assert min(abs(o[1] - box[1] - scene.BELT_SPEED_PX_S / 30) for o in same) < 1e-3

@@ -37,7 +37,8 @@ def test_a_spec_names_its_release_and_files_that_exist(line: str, version: str, 
 
 @pytest.mark.parametrize(("line", "version"), RELEASES)
 def test_the_tflite_component_takes_int8_pixels_and_has_the_outputs_of_the_spec(
-        line: str, version: str, models_folder: Path) -> None:
+    line: str, version: str, models_folder: Path
+) -> None:
     folder = models_folder / line / version
     spec = tomllib.loads((folder / "spec.toml").read_text())
     interpreter = Interpreter(str(folder / "int8.tflite"))
@@ -52,7 +53,8 @@ def test_the_tflite_component_takes_int8_pixels_and_has_the_outputs_of_the_spec(
 
 @pytest.mark.parametrize(("line", "version"), RELEASES)
 def test_the_onnx_component_takes_float_pixels_and_has_the_outputs_of_the_spec(
-        line: str, version: str, models_folder: Path) -> None:
+    line: str, version: str, models_folder: Path
+) -> None:
     import onnxruntime
 
     folder = models_folder / line / version
@@ -68,11 +70,16 @@ def test_the_onnx_component_takes_float_pixels_and_has_the_outputs_of_the_spec(
 
 @pytest.mark.parametrize("line", LINES)
 def test_an_update_changes_no_weight_bias_or_scale_outside_the_layers_its_recipe_tunes(
-        line: str, models_folder: Path) -> None:
+    line: str, models_folder: Path
+) -> None:
     tuned = tuple(tomllib.loads((models_folder / line / "recipe.toml").read_text())["release"]["1.1.0"]["tuned"])
-    old, new = ({tensor.name: tensor.SerializeToString() for tensor in
-                 onnx.load(models_folder / line / version / "int8.onnx").graph.initializer}
-                for version in ("1.0.0", "1.1.0"))
+    old, new = (
+        {
+            tensor.name: tensor.SerializeToString()
+            for tensor in onnx.load(models_folder / line / version / "int8.onnx").graph.initializer
+        }
+        for version in ("1.0.0", "1.1.0")
+    )
     assert old.keys() == new.keys()
     changed = {name for name in old if old[name] != new[name]}
     assert changed
@@ -83,7 +90,8 @@ def test_an_update_changes_no_weight_bias_or_scale_outside_the_layers_its_recipe
 @pytest.mark.parametrize(("line", "limit"), [("parts", 0.40), ("digits", 0.45)])
 @pytest.mark.parametrize("name", ["int8.tflite", "int8.onnx"])
 def test_the_update_is_small_beside_the_full_file_because_the_backbone_kept_its_bytes(
-        line: str, limit: float, name: str, models_folder: Path) -> None:
+    line: str, limit: float, name: str, models_folder: Path
+) -> None:
     old, new = ((models_folder / line / version / name).read_bytes() for version in ("1.0.0", "1.1.0"))
     full = zstandard.ZstdCompressor(level=19).compress(new)
     dictionary = zstandard.ZstdCompressionDict(old, dict_type=zstandard.DICT_TYPE_RAWCONTENT)

@@ -10,6 +10,7 @@ import pytest
 
 from tests.system import tree
 from tests.system.device import Device, booted
+from tests.system.product import BIN, CONFIG, PREPARE, SLOW_S, STATE
 
 
 @pytest.fixture(scope="session")
@@ -40,7 +41,26 @@ def device(machine: Device) -> Iterator[Device]:
 
 
 def _clean(machine: Device) -> None:
-    machine.run("systemctl", "stop", "edge-agent.service", "edge-worker.service")
+    machine.run("systemctl", "stop", "edge-agent-keyless.service", "edge-agent.service", "edge-worker.service")
+    machine.run("systemctl", "stop", "edge-agent-sideload.socket", "edge-agent-sideload.service")
     machine.run("sh", "-c", "rm -rf /etc/systemd/system/edge-*.service.d /etc/edge-agent/* /var/lib/edge-agent/*")
     machine.run("systemctl", "daemon-reload")
     machine.run("systemctl", "reset-failed")
+
+
+@pytest.fixture(scope="session")
+def published(machine: Device) -> None:
+    """Two releases on sticks, and the state of a device that is enrolled for them."""
+    machine.write("/etc/edge-agent/agent.toml", CONFIG)
+    machine.run("sh", "-c", PREPARE, timeout_s=SLOW_S)
+
+
+@pytest.fixture
+def serving(published: None, device: Device) -> Device:
+    """Both units run as shipped, and the device serves parts 1.0.0 from the looping clip."""
+    device.run("sh", "-c", f"cp -a /root/enrolled/. {STATE}/")
+    device.write("/etc/edge-agent/agent.toml", CONFIG)
+    device.run("chown", "root:edge-agent", "/etc/edge-agent/agent.toml")
+    device.run("systemctl", "start", "edge-agent.service")
+    device.run(f"{BIN}/edge-agent", "sideload", "/srv/1.0.0", timeout_s=SLOW_S)
+    return device

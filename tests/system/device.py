@@ -21,10 +21,13 @@ from tests.system.tree import ROOT
 SOURCE = "/opt/source"
 PACKAGES = "/opt/packages"
 BOOT_TIMEOUT_S = 60.0
+# where the container's systemd looks for a TPM; there is one only while a test runs swtpm in the container's network
+TPM_PORT = 2321
+TPM = f"swtpm:host=127.0.0.1,port={TPM_PORT}"
 COMMAND_TIMEOUT_S = 60.0
 INSTALL = f"""
 set -eu
-install -m 644 {SOURCE}/packaging/systemd/*.service /usr/lib/systemd/system/
+install -m 644 {SOURCE}/packaging/systemd/*.service {SOURCE}/packaging/systemd/*.socket /usr/lib/systemd/system/
 install -m 644 {SOURCE}/packaging/systemd/sysusers.conf /usr/lib/sysusers.d/edge-agent.conf
 install -m 644 {SOURCE}/packaging/systemd/tmpfiles.conf /usr/lib/tmpfiles.d/edge-agent.conf
 systemd-sysusers
@@ -126,6 +129,7 @@ def booted(tree: Path, scratch: Path, binds: Mapping[Path, str]) -> Iterator[Dev
     command = ["systemd-nspawn", "--quiet", f"--directory={tree}", "--boot", "--register=no", "--keep-unit"]
     command += ["--machine=edge-device", "--private-network", "--console=pipe", "--volatile=overlay"]
     command += [f"--bind-ro={host}:{inside}" for host, inside in shown.items()]
+    command += [f"--setenv=SYSTEMD_TPM2_DEVICE={TPM}"]
     log = scratch / "console.log"
     with open(log, "wb") as console:
         container = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=console, stderr=console)

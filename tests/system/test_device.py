@@ -2,102 +2,14 @@
 
 from __future__ import annotations
 
-import json
-from typing import Any
-
 import pytest
 
 from tests.system.device import SOURCE, Device
+from tests.system.product import BIN, SLOW_S, STATE, line, status, until_results_flow
 
 pytestmark = pytest.mark.system
 
-BIN = "/opt/edge-agent/bin"
-STATE = "/var/lib/edge-agent"
-CONFIG = """
-workers = "unit"
-
-[[source]]
-name = "belt"
-kind = "video"
-path = "/srv/clip.avi"
-policy = "live"
-loop = true
-
-[[line]]
-name = "parts"
-source = "belt"
-
-[update]
-probation_s = 0.5
-probation_results = 10
-"""
-# A publisher with two releases of the demo's line and a device that is enrolled with it; one directory a release, as a
-# technician would carry it. The enrolled state is kept aside, so that each test starts from it.
-PREPARE = f"""
-set -eu
-umask 022
-PATH={BIN}:$PATH
-cd /root
-python -I {SOURCE}/models/parts/clip.py /srv/clip.avi --seconds 4
-chgrp edge-agent /etc/edge-agent/agent.toml
-chmod 640 /etc/edge-agent/agent.toml
-runuser -u edge-agent -- {BIN}/edge-agent enroll --device belt-1 >request.json
-edge-ota init fleet
-edge-ota enroll fleet request.json --broker 127.0.0.1:8883 --out enrolment.json
-install -o edge-agent -m 600 enrolment.json /run/enrolment.json
-runuser -u edge-agent -- {BIN}/edge-agent enroll --bundle /run/enrolment.json
-for version in 1.0.0 1.1.0; do
-    edge-ota release fleet --spec {SOURCE}/models/parts/$version/spec.toml
-    edge-ota publish fleet
-    edge-ota grant fleet belt-1 parts $version
-    edge-ota bundle fleet belt-1 /srv/$version
-    chmod -R a+rX /srv/$version
-done
-cp -a {STATE} /root/enrolled
-"""
-SLOW_S = 300.0  # for what takes seconds on a machine that has nothing else to do
 FORBIDDEN_IN_DAEMON = ("numpy", "cv2", "onnxruntime", "openvino", "ai_edge_litert", "tflite_runtime")
-
-
-@pytest.fixture(scope="module")
-def published(machine: Device) -> None:
-    machine.write("/etc/edge-agent/agent.toml", CONFIG)
-    machine.run("sh", "-c", PREPARE, timeout_s=SLOW_S)
-
-
-@pytest.fixture
-def serving(published: None, device: Device) -> Device:
-    """Both units run as shipped, and the device serves parts 1.0.0 from the looping clip."""
-    device.run("sh", "-c", f"cp -a /root/enrolled/. {STATE}/")
-    device.write("/etc/edge-agent/agent.toml", CONFIG)
-    device.run("chown", "root:edge-agent", "/etc/edge-agent/agent.toml")
-    device.run("systemctl", "start", "edge-agent.service")
-    device.run(f"{BIN}/edge-agent", "sideload", "/srv/1.0.0", timeout_s=SLOW_S)
-    return device
-
-
-def status(device: Device) -> dict[str, Any]:
-    asked = device.ask(f"{BIN}/edge-agent", "status", "--json")
-    return json.loads(asked.stdout) if asked.returncode == 0 else {}
-
-
-def line(device: Device) -> dict[str, Any]:
-    return status(device).get("lines", {}).get("parts", {})
-
-
-def until_results_flow(device: Device, more: int = 10) -> dict[str, Any]:
-    """Wait for `more` further results of whatever serves; returns the line's status then."""
-    seen = line(device)
-
-    def flowing() -> bool:
-        nonlocal seen
-        now = line(device)
-        if now.get("results", 0) < seen.get("results", 0) or not seen:  # a new daemon counts from 0
-            seen = now
-        return bool(seen) and now.get("results", 0) >= seen["results"] + more
-
-    device.until(flowing, f"{more} more results", 30, lambda: device.journal("edge-agent.service"))
-    return line(device)
 
 
 def test_clip_is_answered_in_isolation(serving: Device) -> None:
@@ -118,9 +30,8 @@ def test_new_release_replaces_the_old_one_and_the_daemon_loads_no_runtime_for_it
     assert (after["version"], after["committed"]) == ("1.1.0", "1.1.0")
     assert after["worker_pid"] != before["worker_pid"]
     assert after["restarts"] == 0
-    assert set(after["dropped"]) <= {
-        "backlog"
-    }  # a busy machine may fall behind the live clip; the switch loses nothing
+    # a busy machine may fall behind the live clip; the switch loses nothing
+    assert set(after["dropped"]) <= {"backlog"}
     daemon = serving.main_pid("edge-agent.service")
     mapped, foreign = (serving.run("cat", f"/proc/{pid}/maps") for pid in (daemon, after["worker_pid"]))
     assert [name for name in FORBIDDEN_IN_DAEMON if f"/{name}" in mapped] == []

@@ -42,6 +42,8 @@ def running(device: Device, listener: None) -> Device:
     replace_command(device, "edge-worker.service", probe)
     device.run("systemctl", "start", "edge-agent.service")
     device.wait_active("edge-agent.service")
+    # pulled in by the daemon's unit but not ordered behind it: it may have probed before there was a socket
+    device.run("systemctl", "restart", "edge-worker.service")
     device.wait_active("edge-worker.service")
     return device
 

@@ -19,7 +19,11 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 SUITE = "bookworm"
 PYTHON = (3, 11)  # the suite's own: packages installed for the tests run in the tree only under the same minor version
-PACKAGES = ("systemd", "systemd-sysv", "dbus", "python3", "python3-venv", "ca-certificates", "procps", "mosquitto")
+PACKAGES = (
+    *("systemd", "systemd-sysv", "dbus", "python3", "python3-venv", "ca-certificates", "procps", "mosquitto"),
+    # systemd loads these when a credential is sealed to a TPM
+    *("libtss2-esys-3.0.2-0", "libtss2-rc0", "libtss2-tcti-swtpm0"),
+)
 PROGRAMS = ("mmdebstrap", "systemd-nspawn", "nsenter")
 
 

@@ -4,22 +4,20 @@ Every name is built from validated parts and opened exactly: nothing is listed, 
 stick with links, devices, pipes or a million files only ever answers `not_found` or `unsafe_file`.
 Layout: `metadata/`, `targets/`, `payloads/`, `devices/<id>/desired.json`, as FORMAT.md says.
 Invariants: a path component is opened relative to its parent with O_NOFOLLOW; only regular files are read; never more
-bytes than the caller allows.
+bytes than the caller allows; a stick that hangs keeps a thread waiting, never the daemon's loop.
 """
 
 from __future__ import annotations
 
 import errno
 import os
-import re
 import stat
 from pathlib import Path
 
-from ota.errors import OtaError, Reason, TransferError, TrustError
-from ota.release import DEVICE_PATTERN, check_target_name
+from ota.client.transports import layout
+from ota.client.transports.reading import aside
+from ota.errors import Reason, TransferError, TrustError
 
-_ROLE = re.compile(r"root|timestamp|snapshot|targets|release-[a-z0-9][a-z0-9-]{0,31}")
-_HEX64 = re.compile(r"[0-9a-f]{64}")
 _ABSENT = frozenset({errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG})
 _IRREGULAR = frozenset({errno.ELOOP, errno.ENXIO, errno.ENODEV})
 _FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -36,10 +34,8 @@ class DirectoryTransport:
     """
 
     def __init__(self, root: Path, device: str) -> None:
-        if not DEVICE_PATTERN.fullmatch(device):
-            raise OtaError(Reason.BAD_TARGET_NAME, f"device id {device[:60]!r} is not allowed")
         self._root = root
-        self._device = device
+        self._desired = layout.desired_place(device)
 
     @property
     def name(self) -> str:
@@ -48,29 +44,28 @@ class DirectoryTransport:
 
     async def metadata(self, role: str, version: int | None, max_bytes: int) -> bytes:
         """`metadata/<version>.<role>.json`, or `metadata/timestamp.json`."""
-        if not _ROLE.fullmatch(role):
-            raise OtaError(Reason.BAD_TARGET_NAME, f"role {role[:60]!r} is not allowed")
-        prefix = "" if version is None else f"{int(version)}."
-        return self._whole(("metadata", f"{prefix}{role}.json"), max_bytes)
+        return await aside(self._whole, layout.metadata_place(role, version), max_bytes)
 
     async def desired(self, max_bytes: int) -> bytes:
         """`devices/<device>/desired.json`."""
-        return self._whole(("devices", self._device, "desired.json"), max_bytes)
+        return await aside(self._whole, self._desired, max_bytes)
 
     async def target(self, path: str, sha256: str, max_bytes: int) -> bytes:
         """`targets/<path>` with the hash before the file's name, as TUF's consistent snapshots lay it out."""
-        *folders, name = check_target_name(path).split("/")
-        return self._whole(("targets", *folders, f"{_hex(sha256)}.{name}"), max_bytes)
+        return await aside(self._whole, layout.target_place(path, sha256), max_bytes)
 
     async def block(self, sha256: str, offset: int, length: int) -> bytes:
         """A piece of `payloads/<sha256>`; shorter at the end of the file."""
-        fd = self._open(("payloads", _hex(sha256)))
+        return await aside(self._piece, layout.payload_place(sha256), offset, length)
+
+    def _piece(self, place: layout.Place, offset: int, length: int) -> bytes:
+        fd = self._open(place)
         try:
             return os.pread(fd, length, offset)
         except OSError as e:
             raise self._unreachable(e) from e
         finally:
-            os.close(fd)
+            close(fd)
 
     def _whole(self, parts: tuple[str, ...], max_bytes: int) -> bytes:
         fd = self._open(parts)
@@ -81,7 +76,7 @@ class DirectoryTransport:
         except OSError as e:
             raise self._unreachable(e) from e
         finally:
-            os.close(fd)
+            close(fd)
         if len(data) > max_bytes:
             raise TrustError(
                 Reason.METADATA_TOO_LARGE, f"{'/'.join(parts)} is larger than the {max_bytes} bytes allowed"
@@ -98,7 +93,7 @@ class DirectoryTransport:
         try:
             for part in parts[:-1]:
                 below = os.open(part, _FOLDER, dir_fd=folder)
-                os.close(folder)
+                close(folder)
                 folder = below
             part = parts[-1]
             fd = os.open(part, _FILE, dir_fd=folder)
@@ -111,9 +106,14 @@ class DirectoryTransport:
                 raise TransferError(Reason.NOT_FOUND, f"{name} is not in {self._root.name or self._root}") from e
             raise self._unreachable(e) from e
         finally:
-            os.close(folder)
-        if not stat.S_ISREG(os.fstat(fd).st_mode):
-            os.close(fd)
+            close(folder)
+        try:
+            regular = stat.S_ISREG(os.fstat(fd).st_mode)
+        except OSError as e:  # a file system in user space that ended
+            close(fd)
+            raise self._unreachable(e) from e
+        if not regular:
+            close(fd)
             raise _unsafe("/".join(parts))
         return fd
 
@@ -126,17 +126,19 @@ class DirectoryTransport:
         )
 
 
+def close(fd: int) -> None:
+    """Close a descriptor that was only read from: where a stick was pulled, even that is answered with an error."""
+    try:
+        os.close(fd)
+    except OSError:
+        pass  # the descriptor is gone all the same, and what was read is judged by its hash
+
+
 def _is_link(folder: int, name: str) -> bool:
     try:
         return stat.S_ISLNK(os.stat(name, dir_fd=folder, follow_symlinks=False).st_mode)
     except OSError:
         return False
-
-
-def _hex(sha256: str) -> str:
-    if not _HEX64.fullmatch(sha256):
-        raise OtaError(Reason.BAD_TARGET_NAME, f"{sha256[:80]!r} is not a SHA-256")
-    return sha256
 
 
 def _unsafe(name: str) -> TransferError:

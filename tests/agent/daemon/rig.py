@@ -21,7 +21,7 @@ from ota.client.ports import Candidate
 
 LIMITS = UpdateConfig(
     poll_s=3600, probation_s=1, probation_results=10, probation_scale=1, load_timeout_s=20, run_timeout_s=10,
-    trial_memory_mb=4096, metered=False,
+    crash_limit=5, crash_window_s=600, settings_probation_s=120, trial_memory_mb=4096, metered=False,
 )  # fmt: skip
 
 

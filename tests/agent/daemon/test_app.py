@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import random
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from agent import app, config
-from agent.daemon import enroll
+from agent import app, config, service
+from agent.daemon import askers, enroll
 from agent.daemon.keys import FileKeys
 from agent.daemon.updates import UpdateLoop
 from agent.recording import WorkerRecorder
 from ota.client.machine import State
+from ota.client.ports import Candidate
+from ota.errors import OtaError
+from ota.errors import Reason as OtaReason
 from ota.publisher import director, publish, sideload, spec
 from ota.publisher import enroll as operator
 from ota.publisher.build import build_release
@@ -87,7 +91,7 @@ def test_a_sideload_that_the_end_of_the_daemon_interrupts_is_not_held_against_th
         daemon = app.Device(device, {}, online=False)
         await daemon.start()
         try:
-            await daemon.sideload(tmp_path / "stick")
+            await daemon.sideload(tmp_path / "stick", askers.of_user(os.getuid()))
             status: dict[str, Any] = daemon.status()
             return status
         finally:
@@ -97,6 +101,41 @@ def test_a_sideload_that_the_end_of_the_daemon_interrupts_is_not_held_against_th
     assert (line["version"], line["committed"]) == ("1.0.0", "1.0.0")
 
 
+def test_a_committed_release_that_finds_no_room_for_its_trial_at_the_start_is_served_later(
+    device: config.Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("agent.daemon.updates.RETRY_S", (0.05, 0.1))
+    refused: list[str] = []
+
+    async def scenario() -> None:
+        daemon = app.Device(device, {}, online=False)
+        await daemon.start()
+        await daemon.sideload(tmp_path / "stick", askers.of_user(os.getuid()))
+        await daemon.stop()
+        # without its verdict it has to be tried again before it serves
+        (device.state_dir / "verdicts.json").unlink()
+        daemon = app.Device(device, {}, online=False)
+        self_test = daemon._host.self_test
+
+        async def busy_at_first(candidate: Candidate) -> Any:
+            if len(refused) < 2:
+                refused.append(candidate.version)
+                raise OtaError(OtaReason.BUSY, "no worker can be had")
+            return await self_test(candidate)
+
+        monkeypatch.setattr(daemon._host, "self_test", busy_at_first)
+        await daemon.start()
+        try:
+            assert refused == ["1.0.0"]
+            async with asyncio.timeout(20):
+                while daemon.status()["lines"]["parts"]["version"] != "1.0.0":
+                    await asyncio.sleep(0.05)
+        finally:
+            await daemon.stop()
+
+    asyncio.run(scenario())
+
+
 def test_a_daemon_whose_heartbeat_died_ends_with_a_failure(
     device: config.Config, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -104,7 +143,7 @@ def test_a_daemon_whose_heartbeat_died_ends_with_a_failure(
         raise RuntimeError("an accident")
 
     monkeypatch.setattr(app.Device, "_tick", broken)
-    assert app.run_daemon(device, {}) == 70
+    assert service.run_daemon(device, {}) == 70
 
 
 def test_an_accident_in_one_look_does_not_end_all_looking(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
 
-from agent import config
+from agent import config, profile
+from agent.daemon import enroll
 from agent.errors import ConfigError, Reason
 
 GOOD = """
@@ -71,3 +73,58 @@ def test_a_missing_file_says_how_to_get_one(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="does not exist") as caught:
         config.load(tmp_path / "none.toml")
     assert "config example" in caught.value.hint
+
+
+OWN = {"source": [{"name": "a", "kind": "video", "path": "/a"}], "line": [{"name": "l", "source": "a"}]}
+SETTINGS = '[[source]]\nname = "a"\nkind = "video"\npath = "/b"\n[[line]]\nname = "l"\nsource = "a"\n'
+
+
+def own(**changes: object) -> config.Config:
+    return config.parse({**OWN, **changes}, Path("/etc/edge-agent/agent.toml"))
+
+
+def test_settings_keep_where_the_state_lies_and_how_workers_run() -> None:
+    device = own(state_dir="/data/state", run_dir="/data/run", workers="unit")
+    made = config.parse_settings(SETTINGS, device)
+    assert (made.state_dir, made.run_dir, made.workers) == (device.state_dir, device.run_dir, "unit")
+    assert made.sources[0].options["path"] == "/b"
+
+
+@pytest.mark.parametrize(
+    ("line", "named"),
+    [
+        ('state_dir = "/elsewhere"', "state_dir"),
+        ('run_dir = "/elsewhere"', "run_dir"),
+        ('workers = "unit"', "workers"),
+        ("[broker]\nca = '/absent.pem'", "/absent.pem"),
+        ("[broker]\nport = 99999", "port"),
+        ("[toaster]", "toaster"),
+        ("poll_s = ", "settings"),
+    ],
+)
+def test_settings_that_reach_too_far_or_cannot_be_read_are_refused(line: str, named: str) -> None:
+    text = SETTINGS + line if line.startswith("[") else f"{line}\n{SETTINGS}"
+    with pytest.raises(ConfigError, match=named) as refused:
+        config.parse_settings(text, own())
+    assert refused.value.reason is Reason.BAD_CONFIG
+    assert refused.value.hint
+
+
+def test_the_broker_of_agent_toml_replaces_what_it_names_of_the_enrolment(tmp_path: Path) -> None:
+    known = enroll.Enrolment(**dict.fromkeys((f.name for f in fields(enroll.Enrolment)), None))  # type: ignore[arg-type]
+    known = replace(known, host="old", port=8883, ca=Path("/old.pem"))
+    for table, expected in (
+        ({}, ("old", 8883, Path("/old.pem"))),
+        ({"host": "new"}, ("new", 8883, Path("/old.pem"))),
+        ({"port": 1884, "ca": str(tmp_path / "ca.pem")}, ("old", 1884, tmp_path / "ca.pem")),
+    ):
+        found = enroll.with_broker(known, own(broker=table).broker)
+        assert (found.host, found.port, found.ca) == expected
+
+
+def test_an_exclusive_delegate_has_to_be_one_of_the_profile() -> None:
+    data = {"name": "b", "recognise": {}, "delegates": ["onnx:cpu"], "exclusive": ["onnx:cpu"]}
+    assert profile.parse(data, "b.toml").exclusive == ("onnx:cpu",)
+    with pytest.raises(ConfigError, match="litert:cpu") as refused:
+        profile.parse({**data, "exclusive": ["litert:cpu"]}, "b.toml")
+    assert refused.value.reason is Reason.BAD_PROFILE

@@ -165,7 +165,7 @@ def test_what_cannot_be_done_is_answered_with_its_reason(
 def test_a_body_without_end_is_cut_off(path: Path) -> None:
     def client() -> bytes:
         head = b"POST /echo HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n"
-        return raw(path, head + b"1000\r\n%s\r\n" % (b"x" * 0x1000) * 8)
+        return raw(path, head + b"1000\r\n%s\r\n" % (b"x" * 0x1000) * 32)
 
     assert b" 413 " in serving(path, client).split(b"\r\n")[0]
 

@@ -135,6 +135,9 @@ def test_a_source_that_restarts_in_probation_rejects_no_release(clip: Path, tmp_
 
 def test_a_model_that_keeps_dying_in_probation_is_rejected(clip: Path, tmp_path: Path, parts: Candidate) -> None:
     async def body(bench: Bench) -> None:
+        config = bench.host._config
+        # so long that no crash comes too late for it
+        bench.host._config = replace(config, update=replace(config.update, probation_s=60))
         await bench.host.activate(parts, await bench.host.self_test(parts))
         probation = asyncio.create_task(bench.host.probation(parts))
         for _ in range(2):

@@ -31,7 +31,9 @@ def test_key_files_and_their_folder_are_for_the_owner_alone(folder: Path) -> Non
 
 
 @pytest.mark.fault("F53")
-@pytest.mark.parametrize("spoil", ["mode", "symlink", "empty", "short", "folder", "owner"])
+@pytest.mark.parametrize(
+    "spoil", ["mode", "symlink", "fifo", "empty", "short", "zeros", "folder", "open folder", "owner"]
+)
 def test_an_unsafe_key_file_is_refused_without_showing_it(folder: Path, spoil: str) -> None:
     path = folder / STORAGE_KEY
     secret = path.read_bytes()
@@ -44,6 +46,13 @@ def test_an_unsafe_key_file_is_refused_without_showing_it(folder: Path, spoil: s
         path.write_bytes(b"")
     elif spoil == "short":
         path.write_bytes(secret[:31])
+    elif spoil == "fifo":
+        path.unlink()
+        os.mkfifo(path, 0o600)
+    elif spoil == "zeros":
+        path.write_bytes(bytes(32))
+    elif spoil == "open folder":
+        folder.chmod(0o750)
     elif spoil == "folder":
         path.unlink()
         path.mkdir()

@@ -267,6 +267,43 @@ def test_a_line_whose_source_comes_late_serves_when_it_is_there(clip: Path, part
     run(body, late, replace(LIMITS, load_timeout_s=1.5))
 
 
+def test_a_swap_cancelled_before_its_turn_leaves_the_revival_of_the_one_before(
+    clip: Path, parts: Candidate, newer: Candidate
+) -> None:
+    async def body(rig: Rig) -> None:
+        await rig.serve(parts)
+        await rig.frames()
+        async with rig.line._lock:
+            os.kill(rig.pid, signal.SIGKILL)
+            await rig.until(lambda: "worker_exit" in rig.events)
+            swap = asyncio.create_task(rig.serve(newer))
+            await asyncio.sleep(0)
+            swap.cancel()
+            await asyncio.gather(swap, return_exceptions=True)
+        await rig.until(lambda: "worker_restarted" in rig.events)
+        await rig.frames()
+
+    run(body, clip).account()
+
+
+def test_the_end_of_a_worker_that_is_to_be_replaced_does_not_bring_it_back(
+    clip: Path, parts: Candidate, newer: Candidate
+) -> None:
+    """A release that was found unfit serves on until the one before it comes up; it may die meanwhile."""
+
+    async def body(rig: Rig) -> None:
+        await rig.serve(newer)
+        await rig.frames()
+        rig.line.keep_trying(parts, Verdict(parts.component.name, "litert:xnnpack"))
+        os.kill(rig.pid, signal.SIGKILL)
+        await rig.until(lambda: "worker_restarted" in rig.events)
+        assert rig.line.serving is not None
+        assert rig.line.serving.candidate.version == parts.version
+        await rig.frames()
+
+    run(body, clip).account()
+
+
 def test_a_model_that_cannot_come_back_is_tried_ever_more_seldom(
     clip: Path, parts: Candidate, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import random
+import tomllib
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import pytest
 
-from agent.daemon.updates import UpdateLoop
+from agent.config import parse
+from agent.daemon import updates
+from agent.daemon.updates import UpdateLoop, limits_of, serve_later, worth_repeating
+from ota.client.ports import UpdateEvent
+from ota.errors import OtaError, Reason
 
 
 def looks_within(seconds: float, wishes: Sequence[Callable[[UpdateLoop], None]], *, online: bool = True) -> list[float]:
@@ -49,3 +55,67 @@ def test_a_delayed_wish_is_not_heard_before_its_time() -> None:
 
 def test_without_a_way_to_look_nothing_is_looked_for() -> None:
     assert looks_within(0.2, [lambda loop: loop.poke()], online=False) == []
+
+
+def test_a_look_that_lasts_keeps_no_other_from_its_time() -> None:
+    began: list[int] = []
+
+    async def main() -> None:
+        first = asyncio.Event()
+
+        async def check() -> bool:
+            began.append(len(began))
+            if len(began) == 1:
+                await first.wait()  # an update that takes hours
+            return False
+
+        loop = UpdateLoop(check, lambda: True, poll_s=3600, rng=random.Random(1))
+        task = asyncio.create_task(loop.run())
+        for wanted in (1, 2, 3):
+            loop.poke()
+            async with asyncio.timeout(5):
+                while len(began) < wanted:
+                    await asyncio.sleep(0.01)
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize(
+    ("outcome", "reason", "again"),
+    [
+        ("failed", Reason.SOURCE_UNREACHABLE, True),
+        ("failed", Reason.STATE_TIMEOUT, True),
+        ("failed", Reason.OPERATOR, False),
+        ("failed", Reason.DEVICE_REVOKED, False),
+        ("rejected", Reason.QUARANTINED, False),
+    ],
+)
+def test_what_a_person_wanted_is_no_failure_to_be_mended_soon(outcome: str, reason: Reason, again: bool) -> None:
+    assert worth_repeating([UpdateEvent("parts", "1.0.0", "idle", outcome, reason)]) is again
+
+
+def test_a_probation_ends_by_itself_before_it_is_ended() -> None:
+    config = tomllib.loads('[[source]]\nname="a"\nkind="video"\npath="/a"\n[update]\nprobation_scale=100\n')
+    update = parse(config, Path("/agent.toml")).update
+    host_s = 2 * update.probation_s * update.probation_scale + update.run_timeout_s
+    assert limits_of(update).probation_timeout_s > 2 * host_s
+
+
+@pytest.mark.parametrize(("last", "tries"), [(None, 4), (Reason.GOLDEN_MISMATCH, 4)])
+def test_a_line_that_found_the_device_busy_is_served_later(
+    monkeypatch: pytest.MonkeyPatch, last: Reason | None, tries: int
+) -> None:
+    monkeypatch.setattr(updates, "RETRY_S", (0.001, 0.002))
+    answers: list[Reason | None] = [Reason.BUSY, Reason.BUSY, Reason.BUSY, last]
+    asked: list[int] = []
+
+    async def serve() -> None:
+        reason = answers[len(asked)]
+        asked.append(1)
+        if reason is not None:
+            raise OtaError(reason, "not served")
+
+    asyncio.run(serve_later(serve, random.Random(1)))
+    assert len(asked) == tries

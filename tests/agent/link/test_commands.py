@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -21,7 +22,9 @@ from agent.daemon.commands import (
     Rollback,
     parse_hint,
 )
+from agent.daemon.seen import Seen
 from agent.errors import Reason
+from ota.client.fsops import Fs
 
 NOW = 1_800_000_000
 GOOD = {"v": 1, "id": "c-1", "action": "check", "line": "person", "expires_at": NOW + 60}
@@ -116,11 +119,48 @@ def test_the_same_command_again_is_neither_carried_out_nor_answered() -> None:
 
 
 def test_a_bounded_number_of_ids_is_remembered() -> None:
-    gate = Gate(GateLimits(burst=10_000, remembered=100))
+    gate = Gate(GateLimits(burst=10_000), Seen(remembered=100))
     for number in range(1000):
         assert isinstance(_admit(gate, _command(id=f"c-{number}")), Check)
     assert _admit(gate, _command(id="c-999")) is None
     assert isinstance(_admit(gate, _command(id="c-0")), Check), "forgotten"
+
+
+@pytest.mark.fault("F81")
+def test_a_command_is_not_carried_out_again_after_a_restart(tmp_path: Path) -> None:
+    assert isinstance(_admit(Gate(seen=Seen(Fs(tmp_path))), _command(action="rollback")), Rollback)
+    again = Gate(seen=Seen(Fs(tmp_path)))
+    assert _admit(again, _command(action="rollback")) is None
+    assert again.duplicates == 1
+    assert isinstance(_admit(again, _command(id="c-2")), Check)
+
+
+@pytest.mark.fault("F81")
+def test_a_command_that_cannot_be_remembered_is_refused(tmp_path: Path) -> None:
+    gate = Gate(seen=Seen(Fs(tmp_path / "gone")))
+    refusal = _admit(gate, _command(action="rollback"))
+    assert isinstance(refusal, Refusal)
+    assert refusal.reason is Reason.STATE_UNWRITABLE
+    (tmp_path / "gone").mkdir()
+    assert isinstance(_admit(gate, _command(action="rollback")), Rollback)
+
+
+def test_of_too_many_commands_the_expired_ones_are_forgotten_first(tmp_path: Path) -> None:
+    seen = Seen(Fs(tmp_path), remembered=3)
+    for number, until in (("long", 900), ("short", 10), ("longer", 950)):
+        seen.add(number, until, 0)
+    seen.add("next", 990, 20)
+    kept = Seen(Fs(tmp_path), remembered=3)
+    assert [number in kept for number in ("long", "short", "longer", "next")] == [True, False, True, True]
+
+
+@pytest.mark.parametrize("data", [b"", b"{}", b"[1]", b'{"seen":[["a"]]}', b"\xff" * 100, b" " * 70_000])
+def test_a_damaged_memory_of_commands_is_an_empty_one(tmp_path: Path, data: bytes) -> None:
+    (tmp_path / "commands.json").write_bytes(data)
+    seen = Seen(Fs(tmp_path))
+    assert "c-1" not in seen
+    seen.add("c-1", 10, 0)
+    assert "c-1" in Seen(Fs(tmp_path))
 
 
 @pytest.mark.fault("F85")

@@ -169,6 +169,7 @@ def test_reported_is_retained_and_sent_only_when_it_changes(
         link.report({"lines": {"person": "1.0.0"}})
         async with _running(link):
             assert json.loads(await asyncio.to_thread(operator.next, "reported")) == {"lines": {"person": "1.0.0"}}
+            await asyncio.to_thread(operator.next, "status")  # counted as state as well
             before = link.bytes_by_purpose()["state"]["out"]
             for _ in range(10):
                 link.report({"lines": {"person": "1.0.0"}})

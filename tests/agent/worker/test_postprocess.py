@@ -83,9 +83,7 @@ def test_quantized_maps_answer_like_their_real_values(heat, box, dtype):
     heat_spec = TensorSpec("heat", dtype, HEAT.shape, 1 / 256, -128 if dtype == "int8" else 0)
     box_spec = TensorSpec("box", "int8", BOX.shape, 0.05, 10)
     quantized = compile_postprocess(centernet(), (heat_spec, box_spec))((heat[None], box[None]), SAME)
-    real = compile_postprocess(centernet(), (HEAT, BOX))(
-        (heat_spec.real(heat[None]), box_spec.real(box[None])), SAME
-    )
+    real = compile_postprocess(centernet(), (HEAT, BOX))((heat_spec.real(heat[None]), box_spec.real(box[None])), SAME)
     assert quantized == real
 
 

@@ -119,9 +119,7 @@ def test_a_frame_without_its_size_is_refused():
         decode("zstd", payload, None, len(NEW))
 
 
-@pytest.mark.parametrize(
-    ("codec", "base"), [("lzma", None), ("zstd", BASE), ("raw", BASE), ("zstd-patch", None)]
-)
+@pytest.mark.parametrize(("codec", "base"), [("lzma", None), ("zstd", BASE), ("raw", BASE), ("zstd-patch", None)])
 def test_an_unknown_codec_or_a_wrong_number_of_inputs_is_unsupported(codec, base):
     with pytest.raises(OtaError) as caught:
         decode(codec, b"x", base, 1)

@@ -15,6 +15,7 @@ from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
 from ota.client.fsops import Disk, Fs
 from ota.client.limits import Limits
+from ota.client.policy import Gate
 from ota.client.ports import DeviceKeys, Identity, Transport, UpdateEvent
 from ota.client.updater import Updater
 from tests.fakes.host import FakeHost, golden_for
@@ -23,6 +24,8 @@ from tests.ota.client.simulator import NOW, Built, SimulatedTransport, Simulator
 DEVICE = "cam-1"
 LINE = "person"
 FAST = Limits(
+    # the simulator's days lie before it
+    built=datetime.datetime(2020, 1, 1, tzinfo=datetime.UTC),
     block_timeout_s=0.2,
     retry_base_s=0.001,
     retry_cap_s=0.002,
@@ -73,6 +76,7 @@ class Device:
     storage_key: bytes = b"s" * 32
     events: list[UpdateEvent] = field(default_factory=list)
     transports: Sequence[Transport] = ()
+    gate: Gate | None = None
 
     def __post_init__(self) -> None:
         self.pinned_root = self.repository.documents["root", 1]
@@ -91,6 +95,7 @@ class Device:
             random.Random(1),
             self.limits,
             self.events.append,
+            gate=self.gate,
         )
 
     def reboot(self) -> Updater:

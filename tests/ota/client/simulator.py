@@ -211,7 +211,9 @@ class Simulator:
             delegations.keys[key.keyid] = key
             self.roles[role] = Metadata(Targets(version=1, expires=LATER))
         path = path or release.path
-        self.roles[role].signed.targets[path] = TargetFile.from_data(path, release.data, ["sha256"])
+        target = TargetFile.from_data(path, release.data, ["sha256"])
+        target.unrecognized_fields["custom"] = {"release_counter": release.counter}
+        self.roles[role].signed.targets[path] = target
         self.publish()
 
     def _next_counter(self, line: str) -> int:

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 import shutil
 import socket
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from ota.client.limits import Limits
+from ota.client.transports import stick as stick_transport
 from ota.client.transports.directory import DirectoryTransport
 from ota.errors import OtaError, Reason
 from tests.ota.client.conftest import DEVICE, LINE, Device, run
@@ -72,7 +76,7 @@ def test_an_expired_stick_or_one_of_another_publisher_is_refused(committed: Devi
     repository.grant(DEVICE, committed.key, built, expires=LATER)
     repository.write(tmp_path / "stick", DEVICE)
     event = run(committed.reboot().sideload(tmp_path / "stick"))[-1]
-    assert event.reason is (Reason.METADATA_EXPIRED if kind == "expired" else Reason.BAD_SIGNATURE)
+    assert event.reason is (Reason.TIMESTAMP_EXPIRED if kind == "expired" else Reason.BAD_SIGNATURE)
     assert committed.serving == "1.0.0"
 
 
@@ -173,6 +177,75 @@ def test_a_stick_during_an_update_of_the_same_line_is_told_to_wait(committed: De
         assert (await round_)[-1].outcome == "committed"
 
     run(scenario())
+
+
+def test_a_file_system_that_ends_behind_an_opened_file_is_unreachable_and_costs_no_descriptor(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "metadata").mkdir()
+    (tmp_path / "metadata" / "timestamp.json").write_bytes(b"x")
+
+    def fstat(fd: int) -> os.stat_result:
+        raise OSError(errno.ENOTCONN, os.strerror(errno.ENOTCONN))
+
+    async def ask() -> None:
+        transport = DirectoryTransport(tmp_path, DEVICE)
+        assert await transport.metadata("timestamp", None, 10) == b"x"
+        before = len(os.listdir("/proc/self/fd"))
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "fstat", fstat)
+            with pytest.raises(OtaError) as refusal:
+                await transport.metadata("timestamp", None, 10)
+        assert refusal.value.reason is Reason.SOURCE_UNREACHABLE
+        assert len(os.listdir("/proc/self/fd")) == before
+
+    run(ask())
+
+
+@pytest.mark.fault("F60")
+def test_a_stick_that_hangs_keeps_no_thread_from_the_rest_of_the_daemon(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "payloads").mkdir()
+    (tmp_path / "payloads" / ("00" * 32)).write_bytes(bytes(10))
+    goes_on = threading.Event()
+    genuine = os.pread
+
+    def pread(fd: int, length: int, offset: int) -> bytes:
+        goes_on.wait()
+        return genuine(fd, length, offset)
+
+    async def scenario() -> None:
+        transport = DirectoryTransport(tmp_path, DEVICE)
+        monkeypatch.setattr(os, "pread", pread)
+        reads = [asyncio.create_task(transport.block("00" * 32, 0, 10)) for _ in range(64)]
+        await asyncio.sleep(0.05)
+        try:
+            assert await asyncio.wait_for(asyncio.to_thread(lambda: "done"), 5) == "done"
+        finally:
+            goes_on.set()
+        assert await asyncio.gather(*reads) == [bytes(10)] * 64
+
+    run(scenario())
+
+
+def test_a_stick_that_never_answers_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Hanging(DirectoryTransport):
+        async def desired(self, max_bytes: int) -> bytes:
+            await asyncio.Event().wait()
+            raise AssertionError
+
+    monkeypatch.setattr(stick_transport, "Limits", lambda: Limits(metadata_timeout_s=0.05))
+    with pytest.raises(OtaError) as refusal:
+        run(stick_transport.check_names(Hanging(tmp_path, DEVICE), DEVICE))
+    assert refusal.value.reason is Reason.TRANSFER_TIMEOUT
+
+
+@pytest.mark.parametrize("name", ["a\0b", "\ud800"])
+def test_what_cannot_be_a_name_is_refused_like_what_is_absent(tmp_path: Path, name: str) -> None:
+    with pytest.raises(OtaError) as refusal:
+        stick_transport.open_stick(tmp_path / name, DEVICE)
+    assert refusal.value.reason is Reason.SOURCE_UNREACHABLE
 
 
 @pytest.mark.parametrize("role", ["../root", "release-../x", "mirror", "release-", "timestamp\0"])

@@ -36,6 +36,8 @@ def _example(event: type[machine.Event]) -> machine.Event:
             return machine.SelfTestPassed(_installed(2))
         case machine.UpdateRefused | machine.UpdateFailed | machine.CandidateRejected | machine.TrialPostponed:
             return event(Reason.OVER_BUDGET)
+        case machine.ActiveUnfit:
+            return machine.ActiveUnfit(Reason.WORKER_CRASHED)
         case machine.Interrupted:
             return machine.Interrupted(3)
         case _:
@@ -181,9 +183,9 @@ class JournalledLine(RuleBasedStateMachine):
             self.journal.save(before, commit=True)
             name = f"record.{'ba'[self.journal._generation % 2 == 0]}"
             self.disk.truncate(f"state/{name}", 100)
-        kept = self.journal.record
+        kept = self.line
         self.journal = Journal(Fs(self.disk))
-        assert self.journal.record == kept
+        assert self.line == kept
         assert (self.journal.condition is not None) is torn
         if torn:
             self.journal.save(self.journal.record, commit=True)

@@ -8,11 +8,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from tuf.api.metadata import TargetFile, Targets
 
 from ota.client.fsops import Fs
 from ota.client.journal import Journal, Record, decode, encode
 from ota.client.machine import RECOVERY, LineRecord, Recovery, State
-from ota.client.ports import Installed
+from ota.client.ports import Candidate, Installed, Probation
 from ota.errors import OtaError, Reason, Rejected, StoreError
 from tests.ota.client.conftest import LINE, Device, QuickDisk, model, run
 from tests.ota.client.simulator import sha256
@@ -309,3 +310,75 @@ def test_a_host_that_cannot_serve_the_old_release_either_is_reported(committed: 
     assert committed.check(updater).outcome == "rolled_back"
     assert any("does not serve" in event.message for event in committed.events)
     assert updater.active(LINE).version == "1.0.0"
+
+
+class RecordsFull(QuickDisk):
+    """Has room for so many state records once `left` is set, and then for none until it is None again."""
+
+    left: int | None = None
+
+    def write(self, path: str, offset: int, data: bytes) -> None:
+        if path.startswith("state/") and self.left is not None:
+            if self.left == 0:
+                raise OSError(errno.ENOSPC, "full")
+            self.left -= 1
+        super().write(path, offset, data)
+
+
+@pytest.mark.parametrize("room", [1, 2])
+def test_what_the_first_record_says_is_done_although_its_copies_have_no_room(committed: Device, room: int) -> None:
+    assert isinstance(committed.disk, Path)
+    disk = committed.disk = RecordsFull(committed.disk)
+    committed.release("1.1.0")
+    committed.check()
+    updater = committed.reboot()
+    disk.left = room
+    event = run(updater.rollback(LINE))
+    disk.left = None
+    active = updater.record.line(LINE).active
+    assert active is not None
+    assert (event.outcome, active.version, committed.serving) == ("rolled_back", "1.0.0", "1.0.0")
+    assert committed.reasons.count("no_space") == 1
+    committed.reboot()
+    assert committed.serving == "1.0.0"
+
+
+def test_a_commit_without_room_for_its_copies_is_told_as_one_and_survives_a_restart(committed: Device) -> None:
+    assert isinstance(committed.disk, Path)
+    disk = committed.disk = RecordsFull(committed.disk)
+    committed.release("1.1.0")
+    updater = committed.reboot()
+    commit = committed.host.probation
+
+    async def probation(candidate: Candidate) -> Probation:
+        disk.left = 1
+        return await commit(candidate)
+
+    committed.host.probation = probation  # type: ignore[method-assign]
+    event = committed.check(updater)
+    disk.left = None
+    assert (event.outcome, committed.serving) == ("committed", "1.1.0")
+    assert committed.reasons.count("no_space") == 1
+    committed.reboot()
+    assert committed.serving == "1.1.0"
+
+
+def test_lines_that_somebody_makes_up_do_not_fill_the_record(committed: Device) -> None:
+    """A director's key alone may name lines without end; a record too long to be read would be a lost one."""
+    built = committed.release("1.1.0", grant=False)
+    paths = [f"line-{number}/1.0.0/release.json" for number in range(40)]
+
+    def made_up(signed: Targets) -> None:
+        signed.targets.update({path: TargetFile.from_data(path, b"x", ["sha256"]) for path in paths})
+
+    committed.grant(built, edit=made_up)
+    outcomes = [event.outcome for event in run(committed.reboot().check())]
+    assert sorted(outcomes) == ["committed", *["rejected"] * 40]
+    assert list(Journal(Fs(committed.disk)).record.lines) == [LINE]
+
+
+def test_a_line_that_could_not_be_served_at_the_start_is_served_when_it_can_be(committed: Device) -> None:
+    updater = committed.reboot()
+    committed.host.serving.clear()
+    run(updater.serve(LINE))
+    assert committed.serving == "1.0.0"

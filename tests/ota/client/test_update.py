@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -93,7 +94,8 @@ def test_lines_do_not_wait_for_each_other(device: Device) -> None:
         round_ = asyncio.create_task(updater.check())
         while "meter" not in device.host.serving or updater.record.line("meter").state is not State.IDLE:
             await asyncio.sleep(0.001)
-        assert updater.record.line(LINE).state is State.PROBATION
+        while updater.record.line(LINE).state is not State.PROBATION:
+            await asyncio.sleep(0.001)
         assert (await updater.check(LINE))[-1].reason is Reason.BUSY
         gate.set()
         assert {event.outcome for event in await round_} == {"committed"}
@@ -190,6 +192,74 @@ def test_an_older_release_is_refused_even_if_the_director_assigns_it(committed: 
     _refused(committed, Reason.COUNTER_ROLLBACK)
 
 
+def _order_back(device: Device, counter: Any) -> None:
+    device.repository.roles[f"release-{LINE}"].signed.unrecognized_fields["allow_rollback_to"] = counter
+    device.repository.publish()
+
+
+@pytest.fixture
+def went_back(committed: Device) -> Device:
+    """A device at counter 3 that the director told to run the release with counter 2."""
+    committed.release("1.1.0")
+    committed.release("1.2.0")
+    assert committed.check().outcome == "committed"
+    committed.grant(committed.repository.built[LINE, "1.1.0"])
+    event = committed.check()
+    assert (event.outcome, event.reason) == ("rejected", Reason.COUNTER_ROLLBACK)
+    return committed
+
+
+@pytest.mark.fault("F41")
+@pytest.mark.parametrize("counter", [3, 4, 0])
+def test_an_order_to_go_back_covers_no_release_below_it(went_back: Device, counter: int) -> None:
+    _order_back(went_back, counter)
+    event = went_back.check()
+    assert (event.outcome, event.reason) == ("rejected", Reason.COUNTER_ROLLBACK)
+    assert went_back.serving == "1.2.0"
+
+
+@pytest.mark.fault("F41")
+def test_an_order_of_the_release_role_lets_a_device_go_back_and_forward_again(went_back: Device) -> None:
+    _order_back(went_back, 2)
+    assert went_back.check().outcome == "committed"
+    assert went_back.serving == "1.1.0"
+    assert went_back.boot().record.line(LINE).floor_counter == 3  # going back lowers no floor
+    went_back.repository.roles[f"release-{LINE}"].signed.unrecognized_fields.clear()
+    went_back.repository.publish()
+    assert went_back.check().outcome == "up_to_date"
+    went_back.grant(went_back.repository.built[LINE, "1.2.0"])
+    assert went_back.check().outcome == "committed"
+    assert went_back.serving == "1.2.0"
+
+
+@pytest.mark.fault("F41")
+def test_an_order_to_go_back_does_not_reach_devices_that_came_further_since(went_back: Device, tmp_path: Path) -> None:
+    _order_back(went_back, 1)
+    stick = tmp_path / "stick"
+    went_back.repository.write(stick, DEVICE)
+    went_back.repository.roles[f"release-{LINE}"].signed.unrecognized_fields.clear()
+    went_back.release("1.3.0")
+    assert went_back.check().outcome == "committed"
+    event = run(went_back.reboot().sideload(stick))[-1]
+    assert (event.outcome, event.reason) == ("rejected", Reason.COUNTER_ROLLBACK)
+    assert went_back.serving == "1.3.0"
+
+
+@pytest.mark.fault("F41")
+def test_an_order_to_go_back_in_the_directors_document_is_worth_nothing(went_back: Device) -> None:
+    older = went_back.repository.built[LINE, "1.1.0"]
+    went_back.grant(older, edit=lambda desired: desired.unrecognized_fields.update(allow_rollback_to=1))
+    event = went_back.check()
+    assert (event.outcome, event.reason) == ("rejected", Reason.COUNTER_ROLLBACK)
+
+
+@pytest.mark.parametrize("counter", [-1, True, "2", None, 1 << 53])
+def test_an_order_to_go_back_that_is_no_counter_refuses_the_line(went_back: Device, counter: object) -> None:
+    _order_back(went_back, counter)
+    event = went_back.check()
+    assert (event.outcome, event.reason) == ("rejected", Reason.METADATA_MISMATCH)
+
+
 @pytest.mark.fault("F47")
 def test_keys_granted_to_another_device_do_not_open_here(committed: Device) -> None:
     built = committed.release("1.1.0", grant=False)
@@ -236,6 +306,7 @@ def test_a_grant_for_a_key_that_was_rotated_away_asks_for_a_new_grant(committed:
     _refused(committed, Reason.NO_GRANT)
 
 
+@pytest.mark.fault("F51")
 def test_during_a_rotation_grants_for_the_old_and_the_new_key_both_open(committed: Device) -> None:
     old, committed.key = committed.key, X25519PrivateKey.generate()
     committed.older_key = old
@@ -376,7 +447,7 @@ def test_a_release_that_does_not_fit_the_disk_is_refused_before_the_download(com
 @pytest.mark.fault("F27")
 def test_an_interrupted_download_of_a_withdrawn_release_is_discarded(committed: Device) -> None:
     withdrawn = committed.release("1.1.0")
-    committed.transport.cut_after = 2
+    committed.transport.cut_after = 4
     assert committed.check().reason is Reason.SOURCE_UNREACHABLE
     assert list((committed.disk / "inbox").iterdir())
     committed.transport.cut_after = None

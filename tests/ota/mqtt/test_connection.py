@@ -151,6 +151,7 @@ def test_an_exception_in_what_a_callback_calls_costs_the_connection_and_not_the_
 
     client = make_client(shared_broker, "cam-1", "edge/v1/edge/cam-1/cmd", wake=wake)
     lost = client.expect(Lost)
+    assert lost.error.reason is Reason.BROKER_LOST
     assert "ZeroDivisionError" in lost.error.message
     assert client.ready().number == 2
     assert client.mqtt.alive
@@ -183,7 +184,7 @@ def test_a_broker_that_sends_nonsense_does_not_end_the_thread(
     with Impostor(server_identity, [CONNACK + hostile], hold=False) as impostor:
         client = make_client(("127.0.0.1", impostor.port), "cam-1", "some/filter")
         client.expect(Connected, where=lambda event: event.number == 1)
-        client.expect(Lost)
+        assert client.expect(Lost).error.reason is Reason.BROKER_LOST
         client.expect(Connected, where=lambda event: event.number >= 2)
         assert client.mqtt.alive
         assert not any(isinstance(event, Received) for event in client.quiet(0.1))

@@ -215,3 +215,21 @@ def test_an_unreadable_repository_is_silent_because_not_found_would_be_believed(
     assert server.answer(_received(Request(1, Metadata("root", 2), 0, 1000, 1000).encode())) is None
     assert server.served.faults == 1
     assert "dying" in server.served.last_fault
+
+
+def test_no_answer_is_larger_than_the_broker_takes(source: MemorySource) -> None:
+    """A block is refused with the size that gets through, a document comes in smaller parts."""
+    server = _server(source)
+    server.max_packet_bytes = 20_000
+    refused = _ask(server, Blob(SHA), 0, 65536)
+    header = blocks.parse_header(refused.correlation)
+    assert _status(refused) is Status.TOO_LARGE
+    assert header is not None
+    carried = _ask(server, Blob(SHA), 0, header.total)
+    assert len(carried.payload) == header.total
+    assert 19_900 <= carried.packet_bytes() + 60 <= 20_100
+    assert carried.packet_bytes() <= 20_000
+    part = _ask(server, Metadata("targets", 4))
+    assert _status(part) is Status.OK
+    assert part.packet_bytes() <= 20_000
+    server.close()

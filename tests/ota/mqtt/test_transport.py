@@ -5,16 +5,18 @@ from __future__ import annotations
 import asyncio
 import hashlib
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 
 from ota import blocks
 from ota.blocks import MAX_BLOCK_BYTES, Header, Request, Status
 from ota.client.transports.mqtt import AnswerTime, MqttTransport, Waits
-from ota.errors import Reason, TransferError
+from ota.errors import BlockTooLarge, Reason, TransferError
 
 SHA = "cd" * 32
-FAST = Waits(first_s=0.02, shortest_s=0.01, longest_s=0.05, attempts=4)
+FAST = Waits(first_s=0.02, shortest_s=0.01, longest_s=0.05, attempts=4, block_s=0.05, offline_s=0.05)
+NOT_ALONE = replace(FAST, block_s=0.4, shunned_s=3600.0)
 Answers = Callable[[Request, int], None]
 
 
@@ -55,9 +57,9 @@ def _answer(
     transport.received(header.encode(), user, payload)
 
 
-def _serving(document: bytes) -> tuple[FakeLink, MqttTransport]:
+def _serving(document: bytes, waits: Waits = FAST) -> tuple[FakeLink, MqttTransport]:
     link = FakeLink()
-    transport = _transport(link)
+    transport = _transport(link, waits)
     digest = hashlib.sha256(document).hexdigest()
     link.answers = lambda request, _: _answer(
         transport,
@@ -209,9 +211,126 @@ def test_a_lost_request_is_repeated_and_a_late_first_answer_still_counts() -> No
     async def main() -> None:
         link = FakeLink()
         transport = _transport(link)
-        link.answers = lambda request, number: _answer(transport, request, b"data") if number == 2 else None
-        assert await transport.block(SHA, 0, 100) == b"data"
+        digest = hashlib.sha256(b"data").hexdigest()
+        link.answers = lambda request, number: (
+            _answer(transport, link.requests[0], b"data", digest=digest) if number == 2 else None
+        )
+        assert await transport.desired(100) == b"data"
         assert transport.counts.repeated_requests == 2
+
+
+def test_beside_another_source_silence_is_borne_twice_and_then_left_to_that_one_for_a_while(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async def main() -> None:
+        link, transport = _serving(b"data", NOT_ALONE)
+        answers, link.answers = link.answers, None
+        for requests in (4, 5):  # the second one makes sure
+            with pytest.raises(TransferError) as caught:
+                await transport.desired(100)
+            assert caught.value.reason is Reason.TRANSFER_TIMEOUT
+            assert len(link.requests) == requests
+        for call in (transport.desired(100), transport.block(SHA, 0, 4)):
+            with pytest.raises(TransferError) as caught:
+                await call
+            assert caught.value.reason is Reason.SOURCE_UNREACHABLE
+        assert len(link.requests) == 5, "nobody was asked"
+        link.answers = answers
+        monkeypatch.setattr(transport, "_clock", lambda: asyncio.get_running_loop().time() + 3600.0)
+        assert await transport.desired(100) == b"data"
+        assert await transport.block(SHA, 0, 4) == b"data"
+
+    asyncio.run(main())
+
+
+def test_a_block_for_which_nothing_is_heard_ends_the_asking_and_a_slow_one_does_not() -> None:
+    async def main() -> None:
+        link, transport = _serving(b"data", NOT_ALONE)
+        answers = link.answers
+        link.answers = None
+        slow = asyncio.create_task(transport.block(SHA, 0, 4))
+        await asyncio.sleep(0)
+        link.answers = answers
+        assert await transport.block(SHA, 4, 4) == b""  # heard meanwhile
+        with pytest.raises(TransferError):
+            await slow
+        assert await transport.block(SHA, 0, 4) == b"data"
+        link.answers = None
+        silent = await asyncio.gather(*(transport.block(SHA, 0, 4) for _ in range(2)), return_exceptions=True)
+        assert all(isinstance(failure, TransferError) for failure in silent)
+        asked = len(link.requests)
+        with pytest.raises(TransferError) as caught:
+            await transport.block(SHA, 0, 4)
+        assert (caught.value.reason, len(link.requests)) == (Reason.SOURCE_UNREACHABLE, asked)
+        transport.reconnected()  # to another broker, maybe
+        link.answers = answers
+        assert await transport.block(SHA, 0, 4) == b"data"
+
+    asyncio.run(main())
+
+
+def test_one_document_whose_requests_are_dropped_keeps_nobody_from_asking_for_others() -> None:
+    async def main() -> None:
+        link, transport = _serving(b"data", NOT_ALONE)
+        answers = link.answers
+        assert answers is not None
+        link.answers = lambda request, number: (
+            None if request.item == blocks.Metadata("root", 2) else answers(request, number)
+        )
+        for _ in range(3):
+            with pytest.raises(TransferError) as caught:
+                await transport.metadata("root", 2, 100)
+            assert caught.value.reason is Reason.TRANSFER_TIMEOUT
+            assert await transport.metadata("timestamp", None, 100) == b"data"
+
+    asyncio.run(main())
+
+
+def test_a_source_that_is_the_only_one_is_asked_however_silent_it_was() -> None:
+    async def main() -> None:
+        link, transport = _serving(b"data")
+        answers, link.answers = link.answers, None
+        with pytest.raises(TransferError):
+            await transport.desired(100)
+        link.answers = answers
+        assert await transport.desired(100) == b"data"
+
+    asyncio.run(main())
+
+
+def test_a_block_is_asked_for_once_because_the_transfer_decides_what_silence_means() -> None:
+    async def main() -> None:
+        link = FakeLink()
+        transport = _transport(link)
+        with pytest.raises(TransferError) as caught:
+            await transport.block(SHA, 0, 100)
+        assert caught.value.reason is Reason.TRANSFER_TIMEOUT
+        assert len(link.requests) == 1
+
+    asyncio.run(main())
+
+
+def test_a_broker_that_drops_large_messages_without_a_word_is_asked_for_smaller_parts() -> None:
+    async def main() -> None:
+        document = bytes(range(256)) * 400
+        link, transport = _serving(document)
+        serve = link.answers
+        assert serve is not None
+        link.answers = lambda request, number: serve(request, number) if request.length <= 10_000 else None
+        assert await transport.target("person/1.0.0/release.json", SHA, 1 << 20) == document
+        assert transport.counts.repeated_requests == 2, "for the first part alone: the rest is asked for so at once"
+
+    asyncio.run(main())
+
+
+def test_a_block_that_the_broker_does_not_carry_says_what_it_does_carry() -> None:
+    async def main() -> None:
+        link = FakeLink()
+        transport = _transport(link)
+        link.answers = lambda request, _: _answer(transport, request, b"", status=Status.TOO_LARGE, total=9000)
+        with pytest.raises(BlockTooLarge) as caught:
+            await transport.block(SHA, 0, 65536)
+        assert (caught.value.reason, caught.value.largest_bytes) == (Reason.BLOCK_TOO_LARGE, 9000)
 
     asyncio.run(main())
 

@@ -150,7 +150,7 @@ def test_every_verb_answers_in_json(place: Path) -> None:
         (("identity", "{place}/repo", "cam-1"), 65, "identity 'cam-1' is not allowed", "ota_"),
         (("serve", "{place}/repo", "--broker", "h", "--as", "ota_x"), 66, "no identity ota_x", "edge-ota identity"),
         (("bundle", "{place}/repo", "cam-9", "{place}/o"), 66, "cam-9 is not enrolled", "edge-ota devices"),
-        (("broker-certificate", "{place}/repo", "a b"), 65, "neither a host name nor", ""),
+        (("broker-certificate", "{place}/repo", "a b"), 65, "neither a host name nor", "as devices reach it"),
         (("grant", "{place}/repo"), 64, "arguments are required: DEVICE", "edge-ota grant --help"),
         (("frobnicate",), 64, "invalid choice: 'frobnicate'", "edge-ota --help"),
         (("serve", "{place}/repo", "--broker", "h:x"), 64, "is not HOST or HOST:PORT", "edge-ota serve --help"),

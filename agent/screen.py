@@ -1,0 +1,101 @@
+"""What the verbs of `edge-agent` print: tables and lines for a person, JSON for a program. Decides nothing.
+
+Invariant: names come from models, sticks and peers, so nothing is printed that a terminal would obey.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+
+def printable(text: str) -> str:
+    """Names come from models, sticks and peers: a terminal must not obey them."""
+    return "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)
+
+
+def complain(args: argparse.Namespace, reason: str, message: str, hint: str, code: int) -> int:
+    """An error as every command tells it; returns `code`."""
+    if getattr(args, "json", False):
+        print(json.dumps({"reason": reason, "message": message, "hint": hint}))
+    print(f"error: {printable(message)} [{reason}]", file=sys.stderr)
+    if hint:
+        print(f"hint: {printable(hint)}", file=sys.stderr)
+    return code
+
+
+def answer(args: argparse.Namespace, answer: Mapping[str, Any]) -> int:
+    """An answer of few fields, a line for each; returns 0."""
+    if args.json:
+        print(json.dumps(answer, indent=1))
+    else:
+        for key, value in answer.items():
+            print(f"{key}: {printable(str(value))}")
+    return 0
+
+
+def status(status: Mapping[str, Any]) -> None:
+    """The status document for a person."""
+    device = status["device"]
+    print(f"device     {device['id']}  profile {device['profile']}  agent {device['agent']}")
+    print(f"isolation  {status['isolation']}")
+    print(f"custody    {status['custody']['kind']}: {status['custody']['worth']}")
+    link = status["link"]
+    detail = link["message"] or link["broker"]
+    print(f"link       {link['state']} {printable(detail)}")
+    own = status["certificate"]
+    if own is not None:
+        renewal = f", renewed after {own['renewal'][:10]}" if own["renewal"] else ", renewed by nobody"
+        print(f"identity   certificate until {own['expires'][:16].replace('T', ' ')} UTC{renewal}")
+    for name, source in status["sources"].items():
+        print(f"source     {name}  {source['state']}  {source['frames']} frames {printable(source['detail'])}")
+    for name, line in status["lines"].items():
+        update = line["update"]
+        running = f"{line['version']} on {line['delegate']}" if line["delegate"] else "nothing runs"
+        figures = f"{line['fps']:.1f} fps  p50 {line['p50_ms']:.2f} ms"
+        print(f"line       {name}  {running}  {figures}  update {update['state']}")
+        if update["reason"]:
+            print(f"           last update: {update['outcome']} ({update['reason']}) {printable(update['message'])}")
+        verdicts(line["verdicts"], indent="           ")
+    for lock in status["locks"]:
+        waiting = f", {', '.join(lock['waiting'])} wait" if lock["waiting"] else ""
+        print(f"lock       {lock['name']}  {lock['owner']} for {lock['since_s']:g} s of {lock['timeout_s']:g}{waiting}")
+    for condition in status["conditions"]:
+        print(f"condition  {condition['type']} {condition['status']}: {printable(condition['message'])}")
+
+
+def verdicts(verdicts: Sequence[Mapping[str, Any]], indent: str = "") -> None:
+    """A table of delegates, the fastest marked."""
+    if not verdicts:
+        return
+    best = min((v["min_ms"] for v in verdicts if not v["reason"]), default=0.0)
+    heads = f"{'min ms':>8} {'p50':>8} {'p95':>8} {'load':>8} {'RSS MB':>7}  verdict"
+    print(f"{indent}{'delegate':16} {'component':14} {heads}")
+    for v in verdicts:
+        row = f"{indent}{v['requested']:16} {v['component'][:14]:14} "
+        if v["reason"]:
+            print(f"{row}{'-':>8} {'-':>8} {'-':>8} {'-':>8} {'-':>7}  {v['reason']}: {printable(v['message'])[:90]}")
+            continue
+        word = "fastest" if v["min_ms"] == best else f"{v['min_ms'] / best:.1f}x slower" if best else ""
+        figures = (
+            f"{v['min_ms']:8.3f} {v['p50_ms']:8.3f} {v['p95_ms']:8.3f} {v['load_ms']:8.1f} {v['rss_bytes'] / 1e6:7.1f}"
+        )
+        print(f"{row}{figures}  {word}")
+
+
+def inference(args: argparse.Namespace, delegate: str, stages_us: Sequence[int], items: Sequence[Any]) -> None:
+    """What a model said of one picture, and how long each stage took."""
+    if args.json:
+        print(json.dumps({"delegate": delegate, "stages_us": list(stages_us), "items": list(items)}, indent=1))
+        return
+    _, pre, run, post = stages_us
+    print(
+        f"{delegate}: preprocess {pre / 1000:.2f} ms, inference {run / 1000:.2f} ms, postprocess {post / 1000:.2f} ms"
+    )
+    for item in items:
+        print("  " + "  ".join(f"{key} {printable(str(value))}" for key, value in item.items()))
+    if not items:
+        print("  nothing found")

@@ -1,0 +1,126 @@
+"""When settings go on trial and how a trial ends, with a clock of numbers and nothing else of a daemon."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from agent import config
+from agent.daemon.settings import Chosen, SettingsTrials, Working, choose, file_sha256
+from ota.client.configuration import Configuration
+from ota.client.fsops import Fs
+from ota.client.journal import Journal
+from ota.client.settings import Origin, State
+
+OWN = """\
+state_dir = "state"
+[[source]]
+name = "belt"
+kind = "video"
+path = "clip.avi"
+[[line]]
+name = "parts"
+source = "belt"
+"""
+
+
+class Daemon:
+    """The parts that a trial looks at, none of which does anything."""
+
+    def __init__(self, folder: Path) -> None:
+        (folder / "agent.toml").write_text(OWN)
+        (folder / "state").mkdir()
+        own = config.load(folder / "agent.toml")
+        fs = Fs(folder / "state")
+        self.busy = False
+        self.now = 0.0
+        self.restarts = 0
+        self.told: list[Any] = []
+        self.kept = Configuration(fs, Journal(fs))
+        self.trials = SettingsTrials(
+            self.kept,
+            Chosen(own, file_sha256(own), own),
+            Working(lambda: None, {}, {}, committed=lambda _: False, busy=lambda: self.busy),
+            tell=self.told.append,
+            restart=self._restart,
+            limit_s=60,
+            clock=lambda: self.now,
+        )
+
+    def _restart(self) -> None:
+        self.restarts += 1
+
+
+@pytest.fixture
+def daemon(tmp_path: Path) -> Daemon:
+    return Daemon(tmp_path)
+
+
+WANTED = OWN + "[update]\npoll_s = 900\n"
+
+
+def test_what_the_fleet_wants_waits_for_the_end_of_an_update(daemon: Daemon) -> None:
+    daemon.busy = True
+    daemon.trials.fleet_wants(WANTED)
+    daemon.trials.tick()
+    assert (daemon.kept.record.state, daemon.restarts) == (State.IDLE, 0)
+    daemon.busy = False
+    daemon.trials.tick()
+    assert (daemon.kept.record.state, daemon.restarts) == (State.TRIAL, 1)
+    assert daemon.trials.on_trial
+
+
+@pytest.mark.parametrize("instead", [None, "[toaster]\n"])
+def test_what_the_fleet_does_not_want_any_more_is_not_tried_when_the_update_ends(
+    daemon: Daemon, instead: str | None
+) -> None:
+    if instead is not None:
+        daemon.trials.fleet_wants(instead)
+        daemon.trials.tick()
+        assert [event["outcome"] for event in daemon.told] == ["rejected"]
+    daemon.busy = True
+    daemon.trials.fleet_wants(WANTED)
+    daemon.trials.fleet_wants(instead)
+    daemon.busy = False
+    daemon.trials.tick()
+    assert (daemon.kept.record.state, daemon.restarts) == (State.IDLE, 0)
+
+
+def on_trial(tmp_path: Path, *expect: str) -> Daemon:
+    """A daemon that runs with settings on trial."""
+    daemon = Daemon(tmp_path)
+    daemon.kept.propose(WANTED.encode(), daemon.trials.chosen.own_sha256, Origin.FLEET, expect)
+    own = daemon.trials.chosen.own
+    daemon.trials.chosen = choose(own, file_sha256(own), daemon.kept, 3, restarted=False)
+    daemon.trials.start()
+    return daemon
+
+
+def test_a_trial_passes_when_everything_expected_has_held_for_two_seconds(tmp_path: Path) -> None:
+    daemon = on_trial(tmp_path)
+    passed = []
+    for daemon.now in (0.0, 1.9, 2.0, 3.0):
+        passed.append(daemon.trials.tick())
+    assert passed == [False, False, True, False]
+    assert daemon.kept.record.active
+    assert [event["outcome"] for event in daemon.told] == ["committed"]
+    assert daemon.restarts == 0
+
+
+@pytest.mark.parametrize("missing", ["link", "source belt", "line parts"])
+def test_a_trial_in_which_something_expected_stays_away_is_taken_back_after_its_time(
+    tmp_path: Path, missing: str
+) -> None:
+    daemon = on_trial(tmp_path, missing)
+    for daemon.now in (0.0, 60.0):
+        assert not daemon.trials.tick()
+    assert daemon.kept.record.state is State.TRIAL
+    daemon.now = 60.1
+    assert not daemon.trials.tick()
+    (event,) = daemon.trials.untold
+    assert (event["outcome"], event["reason"]) == ("rolled_back", "settings_failed")
+    assert missing in event["message"]
+    assert (daemon.kept.record.state, daemon.kept.record.active, daemon.restarts) == (State.IDLE, "", 1)
+    assert list(daemon.kept.record.quarantine) == [event["sha256"]]
