@@ -1,4 +1,5 @@
-"""`make bench`: what the pipeline costs beside a bare loop, what the daemon weighs, what a delta saves.
+"""`make bench`: what the pipeline costs beside a bare loop, what the daemon weighs, what a delta saves, how fast 20 MB
+arrive over MQTT and over HTTPS.
 
 Rounds are interleaved, figures are minima over rounds (other load only ever adds), and the CPU pressure of the machine
 stands beside them. Nothing is asserted; build/bench.json keeps every round.
@@ -13,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -20,7 +22,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from tests.bench import device, pipeline  # noqa: E402
+from tests.bench import device, pipeline, transfer  # noqa: E402
 
 FPS = 30.0
 PARTS = ROOT / "models" / "parts"
@@ -56,22 +58,31 @@ def bench_pipeline(folder: Path, clip: Path, rounds: int, seconds: float) -> dic
     return {"least": least, "rounds": {name: [asdict(f) for f in figures] for name, figures in kept.items()}}
 
 
+def make_clip(folder: Path) -> Path:
+    """The video that pipeline and device look at."""
+    clip = folder / "clip.avi"
+    if not clip.exists():
+        command = [sys.executable, str(PARTS / "clip.py"), str(clip), "--seconds", "12", "--fps", "30"]
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    return clip
+
+
 def main() -> int:
     """Measure everything and print it."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seconds", type=float, default=8.0)
+    parser.add_argument("--only", choices=("pipeline", "device", "transfer"), action="append", default=[])
     args = parser.parse_args()
     began = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="edge-bench-") as name:
         folder = Path(name)
-        clip = folder / "clip.avi"
-        command = [sys.executable, str(PARTS / "clip.py"), str(clip), "--seconds", "12", "--fps", "30"]
-        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-        kept = {
-            "pipeline": bench_pipeline(folder, clip, args.rounds, args.seconds),
-            "device": device.bench(folder / "device", clip, pressure),
+        sections: dict[str, Callable[[], dict[str, Any]]] = {
+            "pipeline": lambda: bench_pipeline(folder, make_clip(folder), args.rounds, args.seconds),
+            "device": lambda: device.bench(folder / "device", make_clip(folder), pressure),
+            "transfer": lambda: transfer.bench(folder / "transfer", pressure),
         }
+        kept = {section: measure() for section, measure in sections.items() if not args.only or section in args.only}
     out = ROOT / "build" / "bench.json"
     out.parent.mkdir(exist_ok=True)
     out.write_text(json.dumps(kept, indent=1) + "\n")
