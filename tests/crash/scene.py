@@ -17,6 +17,7 @@ from __future__ import annotations
 import asyncio
 import os
 from collections.abc import Callable, Iterator
+from concurrent.futures import Executor, Future
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -27,6 +28,7 @@ from ota.client.fsops import TEMPORARY_SUFFIX, Fs
 from ota.client.journal import Journal, Record
 from ota.client.machine import State
 from ota.client.ports import UpdateEvent
+from ota.client.transports import reading
 from ota.client.updater import Updater
 from ota.errors import OtaError
 from ota.release import LEAF_BYTES
@@ -229,8 +231,20 @@ def one_thread() -> Iterator[None]:
         await asyncio.sleep(0)
         return work(*arguments, **named)
 
-    with patch.object(asyncio, "to_thread", at_once):
+    with patch.object(asyncio, "to_thread", at_once), patch.object(reading, "_pool", _AtOnce):
         yield
+
+
+class _AtOnce(Executor):
+    """Stands for the threads that read sticks."""
+
+    def submit(self, work: Callable[..., Any], /, *arguments: Any, **named: Any) -> Future[Any]:
+        done: Future[Any] = Future()
+        try:
+            done.set_result(work(*arguments, **named))
+        except Exception as e:  # noqa: BLE001 - whoever asks for the result gets it
+            done.set_exception(e)
+        return done
 
 
 # -- parts of scenes ---------------------------------------------------------------------------------------------------
