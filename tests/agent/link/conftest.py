@@ -20,7 +20,7 @@ class Operator:
         self.mqtt = mqtt
         self._inbox = inbox
 
-    def next(self, suffix: str, timeout_s: float = 15.0) -> bytes:
+    def next(self, suffix: str, timeout_s: float = 60.0) -> bytes:
         """Payload of the next message on a topic that ends in `suffix`; others are passed over."""
         deadline = time.monotonic() + timeout_s
         while (left := deadline - time.monotonic()) > 0:
@@ -31,7 +31,7 @@ class Operator:
 
     def wait_connected(self) -> None:
         """Wait until the broker has taken note of its subscriptions."""
-        deadline = time.monotonic() + 15
+        deadline = time.monotonic() + 60
         while (left := deadline - time.monotonic()) > 0:
             if isinstance(self._inbox.get(left), Subscribed):
                 return
