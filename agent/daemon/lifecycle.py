@@ -119,7 +119,7 @@ class Lifecycle:
             enrolment,
             ring,
             own,
-            _Line(link, str(enrolment.ca)),
+            _Line(link),
             orders,
             clock=clock,
             monotonic=time.monotonic,
@@ -148,9 +148,8 @@ class Lifecycle:
 class _Line:
     """The link as a renewal uses it: identities become files that the TLS library can read."""
 
-    def __init__(self, link: Link, ca: str) -> None:
+    def __init__(self, link: Link) -> None:
         self._link = link
-        self._ca = ca
         self._latest: tuple[TlsIdentity, TlsFiles] | None = None
 
     def status(self) -> dict[str, Any]:
