@@ -136,7 +136,7 @@ def test_an_identity_that_is_tried_again_and_again_costs_no_descriptors(kept: Ke
         async def try_tls(self, tls: Tls) -> None:
             tried.append(tls)
 
-    line = _Line(Away(), "ca")  # type: ignore[arg-type]
+    line = _Line(Away())  # type: ignore[arg-type]
     identity = TlsIdentity(kept.secrets["device.key"], b"certificate")
     asyncio.run(line.try_identity(identity))
     before = len(os.listdir("/proc/self/fd"))

@@ -19,14 +19,23 @@ class Operator:
     def __init__(self, mqtt: Mqtt, inbox: Inbox) -> None:
         self.mqtt = mqtt
         self._inbox = inbox
+        self._kept: list[Received] = []
 
     def next(self, suffix: str, timeout_s: float = 60.0) -> bytes:
-        """Payload of the next message on a topic that ends in `suffix`; others are passed over."""
+        """Payload of the next message on a topic that ends in `suffix`; others are kept for whoever asks for them.
+
+        Topics have no order among each other: a result may come before the answer that a test awaits first.
+        """
+        for place, kept in enumerate(self._kept):
+            if kept.topic.endswith(f"/{suffix}"):
+                return self._kept.pop(place).payload
         deadline = time.monotonic() + timeout_s
         while (left := deadline - time.monotonic()) > 0:
             event = self._inbox.get(left)
-            if isinstance(event, Received) and event.topic.endswith(f"/{suffix}"):
-                return event.payload
+            if isinstance(event, Received):
+                if event.topic.endswith(f"/{suffix}"):
+                    return event.payload
+                self._kept.append(event)
         raise AssertionError(f"nothing on {suffix} within {timeout_s} s")
 
     def wait_connected(self) -> None:
