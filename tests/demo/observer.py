@@ -54,7 +54,7 @@ class Observer:
                     self.answers[seq] += 1
                     self.dropped[seq] = reason
             for event in body.get("events", ()):
-                self.events.append({"kind": event["kind"], **event["facts"]})
+                self.events.append({"kind": event["kind"], "wall_ms": event["wall_ms"], **event["facts"]})
             self._changed.notify_all()
 
     def wait(self, what: str, ready: Callable[[], Any], timeout_s: float) -> Any:

@@ -50,12 +50,14 @@ def restart(device: Device, update: str) -> None:
 def fetches_it_no_more(device: Device, observer: Observer, version: str, why: str) -> None:
     """A quarantined release is refused at the next look, before anything of it is fetched or run."""
     seen = len(observer.events)
+    # outcomes overtake other events: of the trial before, something may still be on its way
+    before_ms = max(event["wall_ms"] for event in observer.events)
     did("edge-agent", "update", "--config", device.config, folder=device.fleet.folder)
     again = ended(observer, version, seen)
     assert (again["outcome"], again["reason"]) == ("rejected", "quarantined")
     assert why in again["message"]
     assert again["traffic"]["fetched_bytes"] == 0
-    since = observer.events[seen:]
+    since = [event for event in observer.events[seen:] if event["wall_ms"] > before_ms]
     assert not [e for e in since if e["kind"] == "verdicts" or e.get("state") in ("fetching", "testing")]
 
 
