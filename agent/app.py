@@ -30,6 +30,7 @@ from agent.daemon.lifecycle import Lifecycle
 from agent.daemon.lines import LineRuntime
 from agent.daemon.link import Identity as LinkIdentity
 from agent.daemon.link import Link, LinkSettings, Orders
+from agent.daemon.memory import give_back
 from agent.daemon.news import News
 from agent.daemon.notify import Notifier
 from agent.daemon.rotation import Rotation
@@ -43,13 +44,12 @@ from agent.daemon.supervisor import Supervisor, default_host_command
 from agent.daemon.tasks import Tasks
 from agent.daemon.telemetry import Clocks, Telemetry
 from agent.daemon.topics import Topics
-from agent.daemon.updates import LastWords, UpdateLoop, limits_of, serve_later, worth_repeating
+from agent.daemon.updates import FOR_GOOD, LastWords, UpdateLoop, limits_of, serve_later, worth_repeating
 from agent.errors import AgentError, ConfigError, Reason
 from ota.client.fsops import Fs
 from ota.client.ports import Identity
 from ota.client.updater import Updater
 from ota.errors import OtaError
-from ota.errors import Reason as OtaReason
 from ota.mqtt import Tls
 
 log = logging.getLogger(__name__)
@@ -89,7 +89,7 @@ class Device:
         host_command: Sequence[str] | None = None,
         chosen: Chosen | None = None,
     ) -> None:
-        self._config = config
+        self._config, self._online = config, online
         self.failed, self.anew = asyncio.Event(), asyncio.Event()
         self._tasks = Tasks(ESSENTIAL_TASKS, self.failed.set)
         enrolment = enroll.load(config.state_dir)
@@ -104,7 +104,7 @@ class Device:
         self._profile = profile.recognise(config.profile, profile.load_all())
         self._rng = random.Random(secrets.randbits(64))
         self._notifier = Notifier(environment)
-        self._words = LastWords()
+        self._words = LastWords([line.name for line in config.lines])
         self._boot_id = boot_id()
         self.telemetry = Telemetry(
             Clocks(time.time_ns, time.monotonic_ns, self._boot_id), results=config.telemetry.results == "all"
@@ -119,9 +119,7 @@ class Device:
         life = (config.state_dir, self._provider, self._keys, link, lambda: self._updater, self.telemetry)
         self.lifecycle = Lifecycle(*life, clock=_utc_now, rng=self._rng)
         self._updater = self._make_updater(fs)
-        self._rotation = Rotation(
-            self._provider, self._keys, fs, self._updater.store, enrolment.certificate, self.telemetry.event
-        )
+        self._rotation = Rotation(self._provider, self._keys, fs, self._updater.store, enrolment, self.telemetry.event)
         self._updates = UpdateLoop(self._look, self._can_look, poll_s=config.update.poll_s, rng=self._rng)
         self._crashes = CrashLoops(
             self._updater,
@@ -131,6 +129,7 @@ class Device:
             clock=time.monotonic,
             spawn=self._tasks.spawn,
             look=self._updates.poke,
+            excused=lambda: self.settings.on_trial,
         )
         self.settings = self._make_settings(chosen or Chosen(config, file_sha256(config), config))
         self._make_control(fs)
@@ -208,9 +207,9 @@ class Device:
     def _make_control(self, fs: Fs) -> None:
         """Everything that people ask."""
         enrolment = self._enrolment
-        self._sideloads = Sideloads(
-            self._updater, self._words, enrolment.device, enrolment.sideload_root, Audit(fs), self.telemetry, _utc_now
-        )
+        words = (self._words, enrolment.device, enrolment.sideload_root, Audit(fs), self.telemetry, _utc_now)
+        # beside a dead daemon the settings on trial are not in use
+        self._sideloads = Sideloads(self._updater, *words, lambda: self._online and self.settings.on_trial)
         self._status = self._make_status()
         self._routes = Routes(
             tuple(self._lines),
@@ -335,16 +334,18 @@ class Device:
 
     async def _resume(self, name: str) -> None:
         try:
-            candidate = self._updater.active(name)
-            if candidate is not None:
-                await self._host.resume(candidate)
+            async with self._updater.starting(name):
+                candidate = self._updater.active(name)
+                if candidate is not None:
+                    await self._host.resume(candidate)
         except (AgentError, OtaError) as e:
             log.error("line %s: %s", name, e.message, extra={"reason": e.reason.value, "hint": e.hint})
-            if e.reason is OtaReason.BUSY:
+            if e.reason not in FOR_GOOD:
                 self._tasks.spawn(serve_later(lambda: self._updater.serve(name), self._rng), f"serve {name}")
 
     async def _look(self) -> bool:
         events = await self._updater.check()
+        give_back()
         self._fetching.note(events, self._updates.poke)
         return worth_repeating(events)
 

@@ -105,33 +105,9 @@ def _rollback(args: argparse.Namespace) -> int:
 
 
 def _sideload(args: argparse.Namespace) -> int:
-    from agent import client
+    from agent import stickverb
 
-    if args.socket:
-        from agent import logs, rescue
-
-        logs.set_up("INFO")
-        return rescue.serve(config.load(args.config), os.environ)
-    if args.path is None or not args.path.exists():
-        raise ConfigError(
-            Reason.BAD_USAGE,
-            f"{args.path} does not exist" if args.path else "no PATH is named",
-            hint="edge-ota bundle REPO DEVICE OUT makes a stick",
-        )
-    loaded = client.located(args.config)
-    body = {"path": str(args.path.absolute()), "allow_expired": args.allow_expired}
-    if (reachable := client.who_installs(loaded)) is not None:
-        answer = client.ask(reachable, "POST", "/sideload", body, timeout_s=SIDELOAD_TIMEOUT_S)
-    else:
-        from agent import logs, service
-        from agent.daemon import askers
-
-        logs.set_up("ERROR")  # how the update ended is this command's answer
-        asker = askers.of_user(os.getuid())
-        answer = service.sideload_once(
-            loaded, os.environ, args.path.absolute(), asker, allow_expired=args.allow_expired
-        )
-    return screen.answer(args, answer)
+    return stickverb.sideload(args)
 
 
 def _clock(args: argparse.Namespace) -> int:
@@ -290,8 +266,18 @@ def _graph(args: argparse.Namespace) -> tuple[Mapping[str, Any], Sequence[str]]:
 # --- arguments -------------------------------------------------------------------------------------------------------
 
 
+class _Formatter(argparse.HelpFormatter):
+    """As wide as the terminal. Left to itself it asks shutil, also where no help is printed: 0.6 MB in the daemon."""
+
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, width=screen.columns() - 2)
+
+
 class _Parser(argparse.ArgumentParser):
     """A wrong command line is an error like any other."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(formatter_class=_Formatter, **settings)
 
     def error(self, message: str) -> NoReturn:
         """See `argparse`."""

@@ -63,6 +63,12 @@ def ask_text(
         raise ControlError(
             Reason.DAEMON_UNREACHABLE, f"{loaded.control_socket}: permission denied", hint="use sudo"
         ) from e
+    except TimeoutError as e:
+        raise ControlError(
+            Reason.DAEMON_UNREACHABLE,
+            f"the daemon has not answered within {timeout_s:g} s",
+            hint="it may still be at it: edge-agent status",
+        ) from e
     except (OSError, http.client.HTTPException) as e:
         raise ControlError(
             Reason.DAEMON_UNREACHABLE,
@@ -139,7 +145,7 @@ def wait_until_gone(loaded: config.Config, timeout_s: float = 60.0) -> None:
         ControlError: `daemon_unreachable` when it takes longer; the reset goes on all the same.
     """
     until_s = time.monotonic() + timeout_s
-    while reset.pending(loaded.state_dir) or daemon_runs(loaded):
+    while _resetting(loaded) or daemon_runs(loaded):
         if time.monotonic() >= until_s:
             raise ControlError(
                 Reason.DAEMON_UNREACHABLE,
@@ -184,3 +190,10 @@ def daemon_runs(loaded: config.Config) -> bool:
         except OSError:
             return False
     return True
+
+
+def _resetting(loaded: config.Config) -> bool:
+    try:
+        return reset.pending(loaded.state_dir)
+    except PermissionError:
+        return False  # an operator need not be allowed to look into it: the daemon's end has to do

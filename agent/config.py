@@ -5,10 +5,9 @@ It is not where secrets live (see `agent.daemon.keys`) nor where releases are ch
 
 from __future__ import annotations
 
-import difflib
 import os
 import tomllib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -303,7 +302,7 @@ class _Table:
         value = self._data.get(key, default)
         if value is None:
             # a misspelt key explains a missing one
-            for near in difflib.get_close_matches(key, [k for k in self._data if k not in self._known], n=1):
+            for near in _close(key, [k for k in self._data if k not in self._known]):
                 raise self.bad(f"unknown key {near!r}", f"did you mean {key!r}?")
             raise self.bad(f"{key} is missing", f"add {key} = …, {what}")
         if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
@@ -371,5 +370,12 @@ class _Table:
 
 
 def _nearest(word: str, allowed: tuple[str, ...]) -> str:
-    close = difflib.get_close_matches(word, allowed, n=1)
+    close = _close(word, allowed)
     return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(allowed)}"
+
+
+def _close(word: str, allowed: Sequence[str]) -> list[str]:
+    """The word that was meant, if there is one like it."""
+    import difflib  # memory that a daemon with a good configuration does not need
+
+    return difflib.get_close_matches(word, allowed, n=1)

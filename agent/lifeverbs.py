@@ -48,7 +48,15 @@ def _request(args: argparse.Namespace, request: bytes) -> int:
     if args.out is None:
         sys.stdout.write(request.decode())
         return 0
-    args.out.write_bytes(request)
+    try:
+        args.out.write_bytes(request)
+    except OSError as e:
+        raise ConfigError(
+            Reason.BAD_USAGE,
+            f"cannot write {args.out}: {e.strerror}",
+            hint="as root this runs as the service's user, who must be allowed to write there; without --out the "
+            "request is printed",
+        ) from e
     print(
         f"wrote {args.out}; next: edge-ota enroll REPO {args.out.name} --broker HOST:PORT --out bundle.json",
         file=sys.stderr,

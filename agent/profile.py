@@ -27,7 +27,7 @@ DELEGATES: dict[str, tuple[str, ...]] = {
 @dataclass(frozen=True, slots=True)
 class Profile:
     """One board description. `delegates` is the ladder, most promising first; those in `exclusive` drive hardware that
-    one process alone may have open: updates take turns at trying candidates on it."""
+    one process alone may have open: it belongs to the line that serves on it, and trials take turns there."""
 
     name: str
     machines: tuple[str, ...]

@@ -6,10 +6,24 @@ Invariant: names come from models, sticks and peers, so nothing is printed that 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
+
+_COLUMNS = 80
+
+
+def columns() -> int:
+    """How wide the terminal is; COLUMNS goes before what it says, 80 where there is none."""
+    with contextlib.suppress(ValueError):
+        if (wanted := int(os.environ.get("COLUMNS", ""))) > 0:
+            return wanted
+    with contextlib.suppress(OSError, ValueError):
+        return os.get_terminal_size(sys.stdout.fileno()).columns or _COLUMNS
+    return _COLUMNS
 
 
 def printable(text: str) -> str:
@@ -56,15 +70,38 @@ def status(status: Mapping[str, Any]) -> None:
         update = line["update"]
         running = f"{line['version']} on {line['delegate']}" if line["delegate"] else "nothing runs"
         figures = f"{line['fps']:.1f} fps  p50 {line['p50_ms']:.2f} ms"
-        print(f"line       {name}  {running}  {figures}  update {update['state']}")
+        print(f"line       {name}  {running}  {figures}  {printable(_update_now(update))}")
+        if update["waits_for"]:
+            print(f"           {_waits(update['waits_for'], status['fetching'])}")
         if update["reason"]:
             print(f"           last update: {update['outcome']} ({update['reason']}) {printable(update['message'])}")
+            if update["hint"]:
+                print(f"           hint: {printable(update['hint'])}")
         verdicts(line["verdicts"], indent="           ")
     for lock in status["locks"]:
         waiting = f", {', '.join(lock['waiting'])} wait" if lock["waiting"] else ""
-        print(f"lock       {lock['name']}  {lock['owner']} for {lock['since_s']:g} s of {lock['timeout_s']:g}{waiting}")
+        limit = f" of {lock['timeout_s']:g}" if lock["timeout_s"] else ", in service"
+        print(f"lock       {lock['name']}  {lock['owner']} for {lock['since_s']:g} s{limit}{waiting}")
     for condition in status["conditions"]:
         print(f"condition  {condition['type']} {condition['status']}: {printable(condition['message'])}")
+        if condition.get("hint"):
+            print(f"           hint: {printable(condition['hint'])}")
+
+
+def _update_now(update: Mapping[str, Any]) -> str:
+    """What the update of a line is doing, in a few words."""
+    if update["state"] != "idle":
+        return f"update {update['state']} {update['version']}".rstrip()
+    # at rest with a version: what was fetched of it, or all of it, goes on at the next look
+    return f"update idle, {update['version']} goes on by itself" if update["version"] else "update idle"
+
+
+def _waits(reason: str, fetching: Mapping[str, Any]) -> str:
+    """What an update waits for by policy, and until when."""
+    if reason == "outside_window":
+        hours, minutes = divmod(-(-fetching["window_opens_in_s"] // 60), 60)
+        return f"waits for its update window, which opens in {hours} h {minutes} min (windows in agent.toml)"
+    return "waits for a network that is not metered (metered and on_metered in agent.toml); or install from a stick"
 
 
 def verdicts(verdicts: Sequence[Mapping[str, Any]], indent: str = "") -> None:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import signal
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -18,10 +18,13 @@ from agent.daemon.lock import become_owner, locked
 from agent.daemon.memory import keep_private
 from agent.daemon.rotation import Rotation
 from agent.daemon.tasks import cancelled
-from agent.errors import AgentError
+from agent.errors import AgentError, ControlError, Reason
 from ota.client.configuration import Configuration
 from ota.client.fsops import Fs
 from ota.client.journal import Journal
+from ota.errors import StoreError
+
+log = logging.getLogger(__name__)
 
 EXIT_SOFTWARE = 70
 
@@ -54,7 +57,7 @@ async def _serve(own: Config, environment: Mapping[str, str], host_command: Sequ
     own_sha256, restarted = settings.file_sha256(own), True
     untold: tuple[settings.Event, ...] = ()
     while True:
-        chosen = settings.choose(own, own_sha256, _kept(own), settings.MAX_ATTEMPTS, restarted=restarted)
+        chosen = _choose(own, own_sha256, restarted)
         chosen = replace(chosen, news=(*untold, *chosen.news))
         restarted, untold = False, ()
         try:
@@ -70,6 +73,18 @@ async def _serve(own: Config, environment: Mapping[str, str], host_command: Sequ
                 return None
             return EXIT_SOFTWARE if device.failed.is_set() else 0
         untold = device.settings.untold
+
+
+def _choose(own: Config, own_sha256: str, restarted: bool) -> settings.Chosen:
+    """What to run with now. A disk that refuses puts a trial off and keeps no device from serving."""
+    kept = _kept(own)
+    try:
+        return settings.choose(own, own_sha256, kept, settings.MAX_ATTEMPTS, restarted=restarted)
+    except StoreError as e:
+        log.error("settings: %s", e.message, extra={"reason": e.reason.value, "hint": e.hint})
+    # a person's change of the file wins, noted or not
+    used = settings.in_force(own, kept) if kept.record.file == own_sha256 else own
+    return settings.Chosen(own, own_sha256, used, "" if used is own else kept.record.active)
 
 
 async def _serve_revoked(config: Config, environment: Mapping[str, str]) -> int:
@@ -141,9 +156,12 @@ async def sideload_beside(
     config: Config, environment: Mapping[str, str], path: Path, asker: Asker, *, allow_expired: bool
 ) -> dict[str, str]:
     """As `sideload_once`, in a loop that runs already, as the user whose state it is."""
+    import tempfile  # memory that the daemon does not need
+
     # the service's run directory went with it, and the workers' unit waits for a daemon there
     with locked(config.state_dir), tempfile.TemporaryDirectory(prefix="edge-sideload-") as run_dir:
         reset.finish(config.state_dir)
+        _refuse_revoked(config.state_dir)
         # what serves after it is what served before: settings in force count here too
         used = replace(settings.in_force(config, _kept(config)), workers="process", run_dir=Path(run_dir))
         device = Device(used, environment, online=False)
@@ -152,6 +170,17 @@ async def sideload_beside(
             return await device.sideload(path, asker, allow_expired=allow_expired)
         finally:
             await device.stop()
+
+
+def _refuse_revoked(state_dir: Path) -> None:
+    """Nothing is done with an expelled device, whose keys a cut may have spared.
+
+    Raises:
+        ControlError: `device_revoked`.
+    """
+    if revoked.is_marked(state_dir):
+        revoked.wipe(state_dir)
+        raise ControlError(Reason.DEVICE_REVOKED, "this device was revoked by its operator", hint=revoked.HINT)
 
 
 def keys_once(
@@ -165,6 +194,7 @@ def keys_once(
     become_owner(config.state_dir)
     keep_private()
     with locked(config.state_dir):
+        _refuse_revoked(config.state_dir)
         rotation = Rotation.beside(config.state_dir, environment)
         if action == "show":
             return asyncio.run(rotation.show())

@@ -24,6 +24,7 @@ _EXPIRED = 10
 _HOSTNAME_MISMATCH = 62
 _ADDRESS_MISMATCH = 64
 _QUICK_ACK: int | None = getattr(socket, "TCP_QUICKACK", None)
+_NOT_SENT_LOW: int | None = getattr(socket, "TCP_NOTSENT_LOWAT", None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,11 +40,13 @@ class Tls:
 class Guard:
     """What one connection's socket has seen.
 
-    `max_packet_bytes` caps one incoming packet; `received_bytes` and `sent_bytes` count above TLS; `error` is the
+    `max_packet_bytes` caps one incoming packet, `unsent_bytes` what the kernel holds that has not left yet (0: as much
+    as it likes), because nothing overtakes that; `received_bytes` and `sent_bytes` count above TLS; `error` is the
     last exception of the socket other than "try again", which paho reduces to a number.
     """
 
     max_packet_bytes: int
+    unsent_bytes: int = 0
     received_bytes: int = 0
     sent_bytes: int = 0
     oversize: int = 0
@@ -109,6 +112,8 @@ def guard_socket(sock: object, guard: Guard) -> None:
         raise BrokerError(Reason.BROKER_TLS, "refusing a connection without TLS")
     sock.guard = guard
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    if guard.unsent_bytes and _NOT_SENT_LOW is not None:
+        sock.setsockopt(socket.IPPROTO_TCP, _NOT_SENT_LOW, guard.unsent_bytes)
 
 
 def client_context(tls: Tls) -> ssl.SSLContext:

@@ -33,7 +33,7 @@ _PROOF = b"edge-ota renew v1\0"
 
 @dataclass(frozen=True, slots=True)
 class Token:
-    """A one-time permission to enrol `device`; `ca_sha256` is the hash of the authority's certificate (DER)."""
+    """A one-time permission to enrol `device`; `ca_sha256` is the authority's `ca_fingerprint`."""
 
     device: str
     secret: bytes = field(repr=False)
@@ -67,16 +67,28 @@ def parse_token(text: str) -> Token:
 
 
 def ca_fingerprint(pem: str) -> bytes:
-    """SHA-256 of the one certificate in `pem`.
+    """Which authority the one certificate in `pem` is of: the SHA-256 of its public key (SubjectPublicKeyInfo, DER),
+    which stays the same when the certificate is renewed.
 
     Raises:
-        ValueError: it is none, or there is more in it: a TLS library would trust a second certificate as well.
+        ValueError: it is none, or not signed by its own key, or there is more in it: a TLS library would trust a second
+            certificate as well.
     """
+    from cryptography import x509  # memory that the daemon does not need for this
+    from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
+    from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
+
     der = ssl.PEM_cert_to_DER_cert(pem.strip() + "\n")
     # the decoder stops where the first certificate is padded and says nothing of what follows
     if "".join(ssl.DER_cert_to_PEM_cert(der).split()) != "".join(pem.split()):
         raise ValueError("more than one certificate")
-    return hashlib.sha256(der).digest()
+    try:
+        certificate = x509.load_der_x509_certificate(der)
+        certificate.verify_directly_issued_by(certificate)
+        key = certificate.public_key().public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
+    except (TypeError, InvalidSignature, UnsupportedAlgorithm) as e:
+        raise ValueError("not the certificate of an authority") from e
+    return hashlib.sha256(key).digest()
 
 
 def proof_input(fields: Mapping[str, str | int]) -> bytes:

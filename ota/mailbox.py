@@ -140,7 +140,7 @@ class Inbox:
 
     Args:
         limit_messages: messages that may wait.
-        limit_bytes: their payload bytes.
+        limit_bytes: bytes of their packets: topic and properties take memory as payload does.
         wake: called in the network thread after every event; must return at once and not raise.
     """
 
@@ -160,12 +160,12 @@ class Inbox:
         """Append `event`, or count it as dropped."""
         with self._ready:
             if isinstance(event, Received):
-                full = self._bytes + len(event.payload) > self._limit_bytes
+                full = self._bytes + event.packet_bytes > self._limit_bytes
                 if self._messages >= self._limit_messages or full:
                     self.dropped += 1
                     return
                 self._messages += 1
-                self._bytes += len(event.payload)
+                self._bytes += event.packet_bytes
             elif len(self._events) >= 2 * self._limit_messages:
                 self._forget_oldest_notice()
             self._events.append(event)
@@ -189,7 +189,7 @@ class Inbox:
         event = self._events.popleft()
         if isinstance(event, Received):
             self._messages -= 1
-            self._bytes -= len(event.payload)
+            self._bytes -= event.packet_bytes
         return event
 
     def _forget_oldest_notice(self) -> None:
@@ -205,7 +205,8 @@ class Outbox:
 
     QoS 0 overtakes QoS 1 (requests and blocks are not held up by telemetry) and is dropped with the connection.
     When full, new messages are refused rather than old ones dropped: only the caller knows which of its messages
-    matter least. Safe to use from several threads.
+    matter least. The last quarter is kept for QoS 0 and retained state: history that leaves slowly must not keep a
+    device from asking for blocks, or from saying that it is there. Safe to use from several threads.
     """
 
     def __init__(self, limit_messages: int, limit_bytes: int) -> None:
@@ -224,7 +225,10 @@ class Outbox:
             if message.retain:
                 self._forget_superseded(message.topic)
             count = len(self._at_once) + len(self._waiting) + len(self._in_flight)
-            if count >= self._limit_messages or self._bytes + size > self._limit_bytes:
+            messages, most = self._limit_messages, self._limit_bytes
+            if message.qos and not message.retain:
+                messages, most = messages - messages // 4, most - most // 4
+            if count >= messages or self._bytes + size > most:
                 return False
             self._bytes += size
             (self._waiting if message.qos else self._at_once).append(message)

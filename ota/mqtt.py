@@ -82,6 +82,11 @@ class Mqtt:
         return self._connected
 
     @property
+    def max_packet_bytes(self) -> int:
+        """Largest packet that the broker of the current or last connection takes."""
+        return self._max_out_bytes
+
+    @property
     def number(self) -> int:
         """Number of the current or last attempt to connect, from 1."""
         return self._number

@@ -7,9 +7,8 @@ It is not what decides when to connect again: that is `ota.mqtt`.
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
-import paho.mqtt.client as paho
 from paho.mqtt.enums import CallbackAPIVersion
 from paho.mqtt.packettypes import PacketTypes
 from paho.mqtt.properties import Properties
@@ -17,9 +16,14 @@ from paho.mqtt.reasoncodes import ReasonCode
 from paho.mqtt.subscribeoptions import SubscribeOptions
 
 from ota.brokertls import Guard, GuardedSocket, client_context, closed_early, connect_failure, guard_socket
+from ota.deferred import deferred
 from ota.errors import BrokerError, Reason
 from ota.mailbox import Acknowledged, Connected, Event, Message, Outbox, Received, Subscribed, publish_bytes
 from ota.mqttsettings import Counters, Settings
+
+# proxies through PySocks and random client ids: no use of ours; the first brings http.client and email
+with deferred("urllib.request", "uuid"):
+    import paho.mqtt.client as paho
 
 # MQTT 5.0, 2.4 reason codes
 SESSION_TAKEN_OVER = 0x8E
@@ -58,7 +62,7 @@ class Connection:
         self._outbox = outbox
         self._counters = counters
         self._owner = owner
-        self._guard = Guard(settings.limits.max_packet_bytes)
+        self._guard = Guard(settings.limits.max_packet_bytes, settings.limits.unsent_bytes)
         self._client: paho.Client | None = None
         self._end: BrokerError | None = None
         self._accepted: Connected | None = None
@@ -81,7 +85,7 @@ class Connection:
             properties.SessionExpiryInterval = settings.session_expiry_s
         try:
             client.connect(
-                settings.host,
+                _name(settings.host),
                 settings.port,
                 settings.limits.keepalive_s,
                 clean_start=not settings.session_expiry_s,
@@ -286,6 +290,9 @@ class Connection:
         user = tuple(getattr(properties, "UserProperty", ()))
         payload = bytes(message.payload)
         self._book()
+        if len(user) > self._settings.limits.user_properties:
+            self._counters.malformed += 1
+            return
         expiry_s = getattr(properties, "MessageExpiryInterval", None)
         size = publish_bytes(topic, len(payload), message.qos, expiry_s, correlation, user)
         self._owner.deliver(Received(topic, payload, message.qos, message.retain, correlation, user, size))
@@ -317,6 +324,12 @@ class Connection:
             hint="is this an MQTT 5 broker?",
             retry=True,
         )
+
+
+def _name(host: str) -> str:
+    """`host` as socket and ssl take it without a codec for names in other scripts: 0.4 MB of tables. They take bytes as
+    well as text; that paho declares text alone says nothing of what it hands on."""
+    return cast(str, host.encode("ascii")) if host.isascii() else host
 
 
 def _properties(packet_type: int) -> Properties:

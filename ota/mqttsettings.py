@@ -34,7 +34,9 @@ class Limits:
         keepalive_s: silence after which the broker is asked whether it is there; lost after as much again.
         connect_timeout_s: for TCP, for TLS and for the broker's answer, each.
         max_packet_bytes: largest packet accepted from the broker.
-        outbox_messages, outbox_bytes: messages that wait to be sent or acknowledged.
+        user_properties: of one message; one with more is dropped, because each costs twenty times its bytes.
+        outbox_messages, outbox_bytes: messages that wait to be sent or acknowledged; history fills three quarters.
+        unsent_bytes: what the kernel holds of them, where nothing overtakes any more; 0 leaves that to the kernel.
         in_flight: messages of QoS 1 sent and not yet acknowledged; the broker may lower it.
         stall_s: without a turn of its loop for this long, the network thread counts as dead.
     """
@@ -42,8 +44,10 @@ class Limits:
     keepalive_s: int = 60
     connect_timeout_s: float = 10.0
     max_packet_bytes: int = 256 * 1024
+    user_properties: int = 16
     outbox_messages: int = 256
     outbox_bytes: int = 4 * 1024 * 1024
+    unsent_bytes: int = 32 * 1024
     in_flight: int = 20
     stall_s: float = 90.0
 

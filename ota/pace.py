@@ -5,7 +5,6 @@ Pure: clocks are numbers handed in, randomness is a generator handed in. It is n
 
 from __future__ import annotations
 
-import math
 import random
 from dataclasses import dataclass
 
@@ -76,16 +75,20 @@ class TokenBucket:
 
     def take(self, cost: float, now_s: float) -> bool:
         """Take `cost` tokens at `now_s`; False, and nothing taken, when fewer are there."""
-        if self._at_s is not None:
-            self._level = min(self._burst, self._level + (now_s - self._at_s) * self._per_s)
-        self._at_s = now_s
+        self._fill(now_s)
         if cost > self._level:
             return False
         self._level -= cost
         return True
 
-    def wait_s(self, cost: float) -> float:
-        """Seconds from the last `take` until `cost` tokens are there; infinite when the bucket never holds so many."""
-        if cost > self._burst:
-            return math.inf
-        return max(0.0, (cost - self._level) / self._per_s)
+    def owe(self, cost: float, now_s: float) -> float:
+        """Take `cost` tokens at `now_s` although they may have to be waited for; returns the seconds until they are
+        there, and all that were promised before. A negative cost gives back what was not used."""
+        self._fill(now_s)
+        self._level -= cost
+        return max(0.0, -self._level / self._per_s)
+
+    def _fill(self, now_s: float) -> None:
+        if self._at_s is not None:
+            self._level = min(self._burst, self._level + (now_s - self._at_s) * self._per_s)
+        self._at_s = now_s

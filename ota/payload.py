@@ -72,7 +72,7 @@ def unwrap_key(wrapped: bytes, private_key: X25519PrivateKey, info: bytes) -> by
         raise PayloadError(
             Reason.NOT_FOR_THIS_DEVICE,
             "the grant was made for another device or another release",
-            hint="ask the operator for a grant: edge-ota grant REPO DEVICE RELEASE",
+            hint="ask the operator for a grant: edge-ota grant REPO DEVICE LINE VERSION",
         ) from e
     if len(cek) != CEK_BYTES:
         raise PayloadError(Reason.NOT_FOR_THIS_DEVICE, f"the grant holds {len(cek)} bytes, not {CEK_BYTES}")

@@ -7,6 +7,7 @@ digits, lone surrogates, bytes that are not UTF-8, deep nesting, and anything la
 from __future__ import annotations
 
 import json
+from collections import Counter
 from typing import Any, NoReturn
 
 from ota.errors import OtaError, Reason
@@ -51,8 +52,8 @@ def loads(data: bytes, *, max_bytes: int, what: str) -> Any:
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         result = dict(pairs)
         if len(result) != len(pairs):
-            keys = [key for key, _ in pairs]
-            raise _bad(what, f"key {next(key for key in keys if keys.count(key) > 1)!r} appears twice")
+            twice = Counter(key for key, _ in pairs).most_common(1)[0][0]
+            raise _bad(what, f"key {twice[:60]!r} appears twice")
         return result
 
     try:

@@ -40,6 +40,7 @@ class CrashLoops:
         clock: monotonic seconds.
         spawn: runs work that nobody waits for, under a name.
         look: looks for releases: a newer one may be what helps.
+        excused: whether something else than the release is the likelier cause: settings on trial.
     """
 
     def __init__(
@@ -52,6 +53,7 @@ class CrashLoops:
         clock: Callable[[], float],
         spawn: Callable[[Coroutine[Any, Any, None], str], None],
         look: Callable[[], None],
+        excused: Callable[[], bool] = lambda: False,
     ) -> None:
         self._updates = updates
         self._telemetry = telemetry
@@ -60,12 +62,15 @@ class CrashLoops:
         self._clock = clock
         self._spawn = spawn
         self._look = look
+        self._excused = excused
         self._times: dict[str, collections.deque[float]] = {}
         self._release: dict[str, str] = {}
         self._given_up: dict[str, str] = {}
 
     def crashed(self, line: str, candidate: Candidate, reason: Reason) -> None:
         """The worker that served `candidate` died, or did not come back, by its own fault."""
+        if self._excused():
+            return
         release, now = candidate.release.sha256, self._clock()
         if self._release.get(line) != release:
             self._release[line] = release

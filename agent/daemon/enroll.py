@@ -171,15 +171,60 @@ def load(state_dir: Path) -> Enrolment | None:
     """The enrolment in force, or None for a device that has none.
 
     Raises:
-        ConfigError: `bad_bundle`.
+        ConfigError: `bad_bundle`: it is damaged.
     """
-    try:
-        data = (state_dir / FOLDER / _BUNDLE).read_bytes()
-    except FileNotFoundError:
+    fields = _kept(state_dir)
+    if fields is None:
         return None
-    fields = _parse(data)
     _unpack(fields, Fs(state_dir))
     return _enrolment(fields, state_dir / FOLDER)
+
+
+def keep_authority(pem: str, state_dir: Path) -> bool:
+    """Keep a later certificate of the authority that this device was enrolled by; False when it has that one.
+
+    It is the same authority by key and name, signed by that key: this device trusts nobody more than before, only for
+    longer.
+
+    Raises:
+        ConfigError: `bad_bundle`: another authority's, or one that ends earlier; what was there stays.
+        StoreError: the disk cannot be written.
+    """
+    known = _kept(state_dir)
+    if known is None or known["ca"].strip() == pem.strip():
+        return False
+    old, new = _certificate(known["ca"]), _certificate(pem)
+    if _authority({"ca": pem}) != _authority(known) or new.subject != old.subject:
+        raise ConfigError(Reason.BAD_BUNDLE, "the server names another authority than this device's", hint=_ASK)
+    if new.not_valid_after_utc <= old.not_valid_after_utc:
+        raise ConfigError(Reason.BAD_BUNDLE, "the server's certificate of the authority ends earlier", hint=_ASK)
+    path = state_dir / FOLDER / _BUNDLE
+    bundle = strictjson.loads(path.read_bytes(), max_bytes=MAX_BUNDLE_BYTES, what="enrolment bundle")
+    changed = strictjson.canonical({**bundle, "ca": pem}) + b"\n"
+    fs = Fs(state_dir)
+    fs.write_atomic(f"{FOLDER}/{_BUNDLE}", changed)
+    _unpack(_parse(changed), fs)
+    return True
+
+
+def _kept(state_dir: Path) -> dict[str, str] | None:
+    """The bundle that was installed here, None where none was.
+
+    Raises:
+        ConfigError: `bad_bundle`: it is damaged, and with it whose floors and models these are.
+    """
+    path = state_dir / FOLDER / _BUNDLE
+    try:
+        return _parse(path.read_bytes())
+    except FileNotFoundError:
+        return None
+    except (OSError, ConfigError) as e:
+        what = e.strerror if isinstance(e, OSError) else e.message
+        raise ConfigError(
+            Reason.BAD_BUNDLE,
+            f"{path} is damaged: {what}",
+            hint="check the device's storage; edge-agent reset --yes, then enrol the device anew",
+        ) from e
 
 
 def _unpack(fields: dict[str, str], fs: Fs) -> None:
@@ -200,11 +245,9 @@ def _enrolled_anew(ring: Ring, keys: DeviceKeys) -> Ring:
 def _check_life(device: str, authority: bytes, state_dir: Path) -> None:
     """Another operator's floors, models and settings must be gone before this one's come, and another id's as well:
     documents of the new one begin below its floors."""
-    try:
-        data = (state_dir / FOLDER / _BUNDLE).read_bytes()
-    except FileNotFoundError:
+    known = _kept(state_dir)
+    if known is None:
         return
-    known = _parse(data)
     if known["device"] != device and _authority(known) == authority:
         raise ConfigError(
             Reason.ALREADY_ENROLLED,

@@ -9,16 +9,18 @@ from __future__ import annotations
 import datetime
 import time
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from agent.config import UpdateConfig
 from ota.brokertls import Tls
 from ota.client.policy import Gate, Metered, Policy, windows
 from ota.client.ports import Transport, UpdateEvent
 from ota.client.transports.address import parse_address
-from ota.client.transports.https import HttpsTransport
 from ota.client.transports.mqtt import MqttTransport
 from ota.errors import Reason
+
+if TYPE_CHECKING:
+    from ota.client.transports.https import HttpsTransport
 
 # the clock that opens a window is read to the second; a look a moment too early would wait for the next one
 _AFTER_OPENING_S = 2.0
@@ -26,6 +28,7 @@ _KBIT_BYTES = 125.0
 
 
 def _local_now() -> datetime.datetime:
+    time.tzset()  # somebody may have set the time zone since the start
     return datetime.datetime.now().astimezone()
 
 
@@ -58,7 +61,11 @@ class Fetching:
         self._clock = clock
         self.gate = Gate(policy, clock, time.monotonic)
         address = config.https or https
-        self._https = HttpsTransport(parse_address(address), device, tls) if address and tls is not None else None
+        self._https: HttpsTransport | None = None
+        if address and tls is not None:
+            from ota.client.transports.https import HttpsTransport  # memory that a fleet without one does not need
+
+            self._https = HttpsTransport(parse_address(address), device, tls)
 
     @property
     def beside_broker(self) -> bool:

@@ -12,6 +12,7 @@ import logging
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AsyncExitStack
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from agent.config import Config
 from agent.daemon.lines import LineRuntime
 from agent.daemon.selection import Verdict, explain, failure, quantile, rank
 from agent.daemon.supervisor import Supervisor
-from agent.daemon.trials import TrialRunner, candidates, component_order, subject_of, transform
+from agent.daemon.trials import Subject, TrialRunner, candidates, component_order, subject_of, transform
 from agent.errors import AgentError
 from agent.errors import Reason as AgentReason
 from agent.profile import Profile
@@ -79,6 +80,7 @@ class ModelHost:
         self._write = write
         self._on_verdicts = on_verdicts
         self._trials = TrialRunner(supervisor, config.update)
+        self._lending = asyncio.Lock()
         self._verdicts: dict[str, list[Verdict]] = _load_verdicts(config.state_dir / VERDICTS_NAME)
 
     def verdicts(self, line: str) -> list[Verdict]:
@@ -89,12 +91,18 @@ class ModelHost:
             newest.setdefault(verdict.component, verdict.model)
         return [v for v in kept if v.model == newest[v.component]]
 
+    def owners(self) -> dict[str, str]:
+        """The line that owns each exclusive delegate in service."""
+        owned = {delegate: self._owner(delegate) for delegate in self._profile.exclusive}
+        return {delegate: line for delegate, line in owned.items() if line}
+
     async def choose(self, release: Release) -> Choice:
         """See `ota.client.ports.Host.choose`."""
         runtime = self._line(release.line)
         last = rank(self.verdicts(release.line))
         order = component_order(release, self._ladder(runtime), last[0] if last else None)
         if not order:
+            self._refuse_taken(runtime, candidates(release.components, self._allowed(runtime)))
             raise Rejected(
                 Reason.NO_DELEGATE,
                 f"{release.line} {release.version} has no component that profile {self._profile.name} can run",
@@ -130,13 +138,14 @@ class ModelHost:
         runtime = self._line(candidate.line)
         pairs = candidates(candidate.components, self._ladder(runtime))
         if not pairs:
+            self._refuse_taken(runtime, candidates(candidate.components, self._allowed(runtime)))
             raise Rejected(
                 Reason.NO_DELEGATE,
                 f"no delegate allowed on this device runs {candidate.component.name}",
                 hint="see delegates in agent.toml and the device profile",
             )
         try:
-            verdicts = await self._trials.run(subject_of(candidate), pairs)
+            verdicts = await self._try(runtime, subject_of(candidate), pairs)
         except AgentError as e:
             raise _busy(e) from e
         models = {component.name: component.plain_sha256 for component in candidate.components}
@@ -203,8 +212,12 @@ class ModelHost:
             raise
 
     async def _serve(self, candidate: Candidate, verdict: Verdict) -> None:
+        runtime = self._line(candidate.line)
+        # another line may have come first while this one was tried
+        self._refuse_taken(runtime, [(verdict.component, verdict.requested)])
+        alone = verdict.requested in self._profile.exclusive and runtime.holds(verdict.requested)
         try:
-            await self._line(candidate.line).serve(candidate, verdict)
+            await runtime.serve(candidate, verdict, alone=alone)
         except AgentError as e:
             if e.reason is AgentReason.WORKER_UNAVAILABLE:
                 raise _busy(e) from e  # no source, no host: that is no verdict on the release
@@ -256,7 +269,46 @@ class ModelHost:
         return self._lines[name]
 
     def _ladder(self, runtime: LineRuntime) -> tuple[str, ...]:
+        """The delegates that the line may use now: one that a single process may have open is the line's it serves."""
+        return tuple(name for name in self._allowed(runtime) if not self._owner(name, runtime))
+
+    def _allowed(self, runtime: LineRuntime) -> tuple[str, ...]:
         return runtime.config.delegates or self._profile.delegates
+
+    def _owner(self, delegate: str, but: LineRuntime | None = None) -> str:
+        """The line, other than `but`, that owns an exclusive delegate; empty for none and for any other delegate."""
+        if delegate not in self._profile.exclusive:
+            return ""
+        return next((name for name, line in self._lines.items() if line is not but and line.holds(delegate)), "")
+
+    def _refuse_taken(self, runtime: LineRuntime, pairs: Sequence[tuple[str, str]]) -> None:
+        """Say "not now" when one of the (component, delegate) `pairs` needs what another line owns.
+
+        Raises:
+            Rejected: `busy`.
+        """
+        for _, delegate in pairs:
+            if owner := self._owner(delegate, runtime):
+                raise Rejected(
+                    Reason.BUSY,
+                    f"{delegate} serves line {owner}, and one process alone may have it open",
+                    hint=f"allow line {runtime.config.name} or {owner} another delegate in agent.toml",
+                    retry=True,
+                )
+
+    async def _try(self, runtime: LineRuntime, subject: Subject, pairs: Sequence[tuple[str, str]]) -> list[Verdict]:
+        """Try `pairs`: what needs an exclusive delegate one after the other, while nothing else has it open."""
+        alone = [pair for pair in pairs if pair[1] in self._profile.exclusive]
+        beside = [pair for pair in pairs if pair not in alone]
+        found = dict(zip(beside, await self._trials.run(subject, beside), strict=True))
+        async with AsyncExitStack() as stack:
+            if alone:
+                await stack.enter_async_context(self._lending)
+            if any(runtime.holds(delegate) for _, delegate in alone):
+                await stack.enter_async_context(runtime.lend())
+            for pair in alone:
+                (found[pair],) = await self._trials.run(subject, [pair])
+        return [found[pair] for pair in pairs]
 
     def _keep(self, line: str, verdicts: Sequence[Verdict]) -> None:
         """A trial says nothing new about other files, the release before among them: their older verdicts stay."""

@@ -98,18 +98,23 @@ class FileKeys:
 
         Raises:
             CustodyError: `key_unsafe`, also for a device whose keys are sealed.
-            OSError: the folder cannot be made.
+            OSError: the state directory cannot be made.
             StoreError: the disk cannot be written.
         """
-        self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self._folder.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         fs = Fs(self._folder.parent)
-        if sealed_names(fs):
-            raise CustodyError(
-                Reason.KEY_UNSAFE,
-                "the keys of this device are sealed: files would take their place in clear",
-                hint="edge-agent reset --yes ends this device's life; then enrol it anew",
-            )
+        # durable before a request with these keys leaves: a token is spent on them
+        fs.make_dirs(self._folder.name)
+        self._refuse_sealed(fs)
         keyring.forget_wipe(fs)
+        ring = any(fs.size(path) is not None for path in (keyring.RING, keyring.COPY))
+        if ring and not os.path.lexists(self._folder / STORAGE_KEY):
+            # another one opens no ring, and its device would enrol and never start
+            raise CustodyError(
+                Reason.KEY_MISSING,
+                f"{self._folder / STORAGE_KEY} does not exist, and what it seals does",
+                hint="restore it; or edge-agent reset --yes, then enrol the device anew",
+            )
         for name in SECRETS:
             if not os.path.lexists(self._folder / name):
                 fs.write_atomic(f"{self._folder.name}/{name}", _new_secret(name))
@@ -128,9 +133,19 @@ class FileKeys:
         """Open all keys.
 
         Raises:
-            CustodyError: `key_missing`, `key_unsafe`.
+            CustodyError: `key_missing`, `key_unsafe`, also for a device whose keys are sealed.
+            StoreError: `io_error`.
         """
+        self._refuse_sealed(Fs(self._folder.parent))
         return _load(self)
+
+    def _refuse_sealed(self, fs: Fs) -> None:
+        if sealed_names(fs):
+            raise CustodyError(
+                Reason.KEY_UNSAFE,
+                "the keys of this device are sealed: files would take their place in clear",
+                hint="edge-agent reset --yes ends this device's life; then enrol it anew",
+            )
 
 
 class CredentialKeys:
@@ -319,7 +334,12 @@ def _ring(fs: Fs, root: bytes, hpke: tuple[bytes, ...], troubles: list[Trouble])
 
 def _enrolled_tls(source: KeyProvider, troubles: list[Trouble]) -> TlsFiles | None:
     found = _optional(source, TLS_KEY, troubles)
-    return None if found is None else TlsFiles(str(source.path(TLS_KEY)), None)
+    if found is None:
+        return None
+    if isinstance(source, FileKeys):
+        return TlsFiles(str(source.path(TLS_KEY)), None)
+    # `keys seal` destroys the file, and the library reads it again for every connection
+    return TlsFiles(f"/proc/self/fd/{memfd.of_bytes('tls-key', found)}", None)
 
 
 def _optional(source: KeyProvider, name: str, troubles: list[Trouble]) -> bytes | None:

@@ -114,7 +114,7 @@ class Lifecycle:
         except CustodyError:
             return None  # `OpenKeys.troubles` says so
         own = ring.ring.tls or TlsIdentity(key, enrolment.certificate.read_bytes())
-        orders = renewal.Orders(_ask, self._accuse, self._add_key, self._tell)
+        orders = renewal.Orders(self._ask, self._accuse, self._add_key, self._tell)
         return Renewal(
             enrolment,
             ring,
@@ -132,6 +132,22 @@ class Lifecycle:
     def _add_key(self, key: X25519PrivateKey) -> None:
         """Grants for the new key may come from now on; those for the old ones still open."""
         self._opened.device.hpke[key_id(key.public_key().public_bytes_raw())] = key
+
+    def _ask(self, url: str, ca: str, wanted: Any) -> str:
+        """The next certificate, as PEM; a later certificate of the authority is kept by the way."""
+        from agent.daemon import registrar
+
+        try:
+            answer = registrar.renew(registrar.parse_server(url), ca, wanted)
+        except AgentError as e:
+            raise OtaError(Reason.SERVER_UNREACHABLE, f"the bundle names no server: {e.message}") from e
+        try:
+            if answer.ca and enroll.keep_authority(answer.ca, self._state_dir):
+                log.info("the fleet's authority has a later certificate")
+        except (AgentError, StoreError) as e:
+            # without it this device goes on as it did
+            log.warning("certificate of the authority: %s", e.message, extra={"reason": e.reason.value, "hint": e.hint})
+        return answer.certificate
 
     async def _accuse(self, evidence: Mapping[str, bytes]) -> None:
         """A server says that this device is revoked. If its documents prove that, `revoke` is called by the updater."""
@@ -164,12 +180,3 @@ class _Line:
             self._latest = identity, TlsFiles.of(identity)
         files = self._latest[1]
         return await self._link.try_tls(Tls(self._link.tls.ca, files.certificate or "", files.key))
-
-
-def _ask(url: str, ca: str, wanted: Any) -> str:
-    from agent.daemon import registrar
-
-    try:
-        return registrar.renew(registrar.parse_server(url), ca, wanted)
-    except AgentError as e:
-        raise OtaError(Reason.SERVER_UNREACHABLE, f"the bundle names no server: {e.message}") from e

@@ -2,7 +2,8 @@
 
 The swap starts the new worker beside the old one on the same ring, warms it, moves the frames over at a frame boundary
 and lets the old one finish what it holds. Invariant: whenever this module gives up on a worker, frames it held are
-counted by the source, and a worker that should serve is started again until `stop`.
+counted by the source, and a worker that should serve is started again until `stop`. Where the hardware does not allow
+two processes the old worker is stopped first, and the gap is measured and told.
 """
 
 from __future__ import annotations
@@ -12,14 +13,17 @@ import collections
 import logging
 import os
 import time
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
 from agent import protocol
 from agent.config import LineConfig, UpdateConfig
-from agent.daemon.selection import Verdict, quantile
+from agent.daemon.selection import Verdict
 from agent.daemon.sources import SourceRuntime
 from agent.daemon.supervisor import BACKOFF_S, Supervisor
+from agent.daemon.tally import Tally
+from agent.daemon.trials import load_message
 from agent.daemon.worker import Exit, Worker, fault_error
 from agent.errors import AgentError, Reason, WorkerError
 from ota.client.ports import Candidate
@@ -33,35 +37,15 @@ STABLE_S = 60.0
 DEATH_NEWS_S = 0.5
 
 
-@dataclass
-class Tally:
-    """What a serving worker has done since it was put to work; read by probation."""
-
-    results: int = 0
-    crashes: int = 0
-    last_crash: Reason | None = None
-    recent_ms: list[float] = field(default_factory=list)
-
-    def add(self, result: protocol.Result) -> None:
-        """Count one result; the last 512 run times (preprocess to postprocess) are kept."""
-        self.results += 1
-        if len(self.recent_ms) >= 512:
-            del self.recent_ms[:256]
-        self.recent_ms.append(sum(result.stages_us[1:]) / 1000)
-
-    def p95_ms(self) -> float:
-        """95th percentile of the kept run times."""
-        return quantile(self.recent_ms, 0.95)
-
-
 @dataclass(frozen=True)
 class Serving:
-    """The worker in charge. `reader` is its number at the source."""
+    """The worker in charge. `reader` is its number at the source, `since` the monotonic time at which it came up."""
 
     worker: Worker
     candidate: Candidate
     verdict: Verdict
     reader: int
+    since: float = field(default_factory=time.monotonic)
 
 
 class LineRuntime:
@@ -107,27 +91,71 @@ class LineRuntime:
         self._up_since = time.monotonic()
         self._last_result = 0.0
         self._last_seqs: collections.deque[int] = collections.deque(maxlen=1024)
+        self._wanted: tuple[Candidate, Verdict] | None = None
+        self._delegates: dict[Worker, str] = {}
+        self._gap_since: float | None = None
 
-    async def serve(self, candidate: Candidate, verdict: Verdict) -> int | None:
-        """Make `candidate` serve, beside the present worker where there is one.
+    @property
+    def lent(self) -> bool:
+        """Whether nothing serves because what it serves on is needed for a trial, or for its successor."""
+        return self._gap_since is not None
+
+    def holds(self, delegate: str) -> bool:
+        """Whether this line owns `delegate`: a worker of it lives there, or is to serve there."""
+        wanted = self._wanted is not None and self._wanted[1].requested == delegate
+        return wanted or any(name == delegate and not w.exited.done() for w, name in self._delegates.items())
+
+    async def serve(self, candidate: Candidate, verdict: Verdict, *, alone: bool = False) -> int | None:
+        """Make `candidate` serve, beside the present worker where there is one, or `alone`, after its end.
 
         Returns the first frame the new worker got, None on a first start.
 
         Raises:
             AgentError: the new worker did not come up; the old one still serves, or is started again.
         """
+        before, self._wanted = self._wanted, (candidate, verdict)
         self._cancel_revival()
         try:
             async with self._lock:
                 self._cancel_revival()
+                if alone:
+                    await self._vacate()
                 return await self._put_to_work(candidate, verdict, fresh=True)
         except BaseException:
+            self._wanted = before
             self._revive_if_dead()
             raise
+
+    @asynccontextmanager
+    async def lend(self) -> AsyncIterator[None]:
+        """Nothing serves meanwhile, because a trial needs what it serves on; afterwards the same serves again, unless
+        something else is put to work."""
+        self._cancel_revival()
+        try:
+            async with self._lock:
+                self._cancel_revival()
+                await self._vacate()
+                yield
+        finally:
+            self._backoff_s = BACKOFF_S[0]
+            self._revive_if_dead()
+
+    async def _vacate(self) -> None:
+        """End every worker of the line; the lock is held."""
+        old, self.serving = self.serving, None
+        if old is not None:
+            self._gap_since = self._gap_since or time.monotonic()
+            self.source.detach(old.reader, "stopped")
+            try:
+                await old.worker.stop()
+            finally:
+                old.worker.kill()  # nobody else knows of it, should this have been cancelled
+        await asyncio.gather(*self._retiring)
 
     def keep_trying(self, candidate: Candidate, verdict: Verdict) -> None:
         """Go on trying to make `candidate` serve, with back-off, until it does or something else is put to work."""
         self._cancel_revival()
+        self._wanted = (candidate, verdict)
         self._replaced = self.serving
         work = self._bring_back(candidate, verdict, self.serving)
         self._revive = asyncio.create_task(work, name=f"revive {self.config.name}")
@@ -137,6 +165,7 @@ class LineRuntime:
         self._cancel_revival()
         async with self._lock:
             self._cancel_revival()
+            self._wanted = self._gap_since = None
             if self._watch is not None:
                 self._watch.cancel()
                 self._watch = None
@@ -216,6 +245,9 @@ class LineRuntime:
         """From now on `new` serves; what befell it before it was in charge is made up for."""
         self.serving = new
         self._up_since = time.monotonic()
+        if self._gap_since is not None:
+            gap_ms, self._gap_since = round((self._up_since - self._gap_since) * 1000), None
+            self._on_event("served_again", {"line": self.config.name, "gap_ms": gap_ms})
         if fresh:
             self.tally = Tally()
         if self._watch is None:
@@ -229,6 +261,8 @@ class LineRuntime:
 
     async def _bring_up(self, candidate: Candidate, verdict: Verdict, *, active: bool) -> Serving:
         worker = await self._supervisor.spawn("model")
+        self._delegates = {w: name for w, name in self._delegates.items() if not w.exited.done()}
+        self._delegates[worker] = verdict.requested
         worker.on_message = lambda packet: self._said(worker, packet)
         try:
             model = await candidate.open(verdict.component)
@@ -300,9 +334,11 @@ class LineRuntime:
             self._on_crash(self.config.name, self.serving.candidate, end.reason)
 
     def _revive_if_dead(self) -> None:
-        """After a start that failed: whoever served before and died meanwhile is still wanted."""
+        """After a start that failed, or a trial that wanted room: whoever served before is still wanted."""
         if self.serving is not None and self.serving.worker.exited.done():
             self.keep_trying(self.serving.candidate, self.serving.verdict)
+        elif self.serving is None and self._wanted is not None:
+            self.keep_trying(*self._wanted)
 
     async def _bring_back(self, candidate: Candidate, verdict: Verdict, lost: Serving | None) -> None:
         """Start `candidate` with back-off, until it serves or something else than `lost` does."""
@@ -349,19 +385,3 @@ class LineRuntime:
         revive, self._revive = self._revive, None
         if revive is not None and revive is not asyncio.current_task():
             revive.cancel()
-
-
-def load_message(candidate: Candidate, component_name: str, delegate: str, threads: int) -> protocol.LoadModel:
-    """The message that loads one component of `candidate` on one delegate."""
-    component = candidate.release.component(component_name)
-    return protocol.LoadModel(
-        line=candidate.line,
-        version=candidate.version,
-        component=component_name,
-        format=component.format,
-        delegate=delegate,
-        threads=threads,
-        graph=dict(candidate.release.graph),
-        inputs=[dict(spec) for spec in component.inputs],
-        outputs=[dict(spec) for spec in component.outputs],
-    )

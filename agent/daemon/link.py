@@ -316,7 +316,7 @@ class Link:
 
     def _flush(self) -> None:
         if self._mqtt.connected:
-            self._telemetry.flush(self._publish_batch)
+            self._telemetry.flush(self._publish_batch, self._mqtt.room_bytes)
 
     def _publish_batch(self, batch: Batch) -> bool:
         return self._publish(batch.suffix, batch.payload, qos=1, expiry_s=_TELEMETRY_EXPIRY_S)

@@ -34,14 +34,16 @@ def _flock(state_dir: Path) -> Iterator[None]:
         fd = os.open(state_dir / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     except OSError as e:
         raise ControlError(
-            Reason.STATE_UNWRITABLE, f"{state_dir}: {e.strerror}", hint="run as the user of the service"
+            Reason.STATE_UNWRITABLE, f"{state_dir}: {e.strerror}", hint="use sudo, or the user of the service"
         ) from e
     try:
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as e:
             raise ControlError(
-                Reason.DAEMON_RUNNING, f"another daemon uses {state_dir}", hint="stop it: systemctl stop edge-agent"
+                Reason.DAEMON_RUNNING,
+                f"another process works on {state_dir}: a daemon, or a stick that is being installed",
+                hint="ask again in a minute; systemctl stop edge-agent ends a daemon",
             ) from e
         yield
     finally:

@@ -2,8 +2,8 @@
 
 Blocking; the daemon calls it in a thread. On first contact the token's fingerprint decides who the authority is, ever
 after the enrolled one does. Not here: when to renew (`agent.daemon.renewal`), where anything is kept.
-Invariants: no secret is sent before the server proved to be of the right authority; an answer is bounded, strict JSON,
-and is checked by whoever uses it; a refusal keeps the server's reason and hint.
+Invariants: no secret is sent to a server, and no word of it shown, before it proved to be of the right authority; an
+answer is bounded in bytes and seconds, strict JSON, and checked by whoever uses it; a refusal keeps reason and hint.
 """
 
 from __future__ import annotations
@@ -12,9 +12,11 @@ import base64
 import contextlib
 import http.client
 import json
+import socket
 import ssl
+import threading
 import urllib.parse
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -29,6 +31,8 @@ from ota.errors import Reason as OtaReason
 
 # shorter than the time a service manager gives the daemon to stop: a thread that waits cannot be cancelled
 TIMEOUT_S = 10.0
+# from the connection on, for the whole answer: TIMEOUT_S is between two bytes
+ANSWER_S = 15.0
 # OpenSSL's X509_V_ERR_* (x509_vfy.h)
 _NOT_YET_VALID = 9
 _EXPIRED = 10
@@ -56,6 +60,14 @@ class Expelled(OtaError):
     def __init__(self, message: str, hint: str, evidence: Mapping[str, bytes]) -> None:
         super().__init__(OtaReason.DEVICE_REVOKED, message, hint=hint)
         self.evidence = evidence
+
+
+@dataclass(frozen=True, slots=True)
+class Renewed:
+    """The next certificate, and the authority's present one; both PEM, the second empty from an older server."""
+
+    certificate: str
+    ca: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +110,7 @@ def fetch_ca(server: Server, token: Token) -> str:
     anybody = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     anybody.check_hostname = False
     anybody.verify_mode = ssl.CERT_NONE
-    answer = _ask(server, anybody, "GET", "/ca", None)
+    answer = _ask(server, anybody, "GET", "/ca", None, proven=False)
     pem = answer.get("ca")
     with contextlib.suppress(ValueError):
         if isinstance(pem, str) and enrolment.ca_fingerprint(pem) == token.ca_sha256:
@@ -120,8 +132,8 @@ def enroll(server: Server, ca: str, token_text: str, request: Mapping[str, Any])
     return _text(answer, "bundle", server).encode()
 
 
-def renew(server: Server, ca: str, wanted: Wanted) -> str:
-    """The next certificate, as PEM.
+def renew(server: Server, ca: str, wanted: Wanted) -> Renewed:
+    """The answer to a renewal.
 
     Raises:
         Expelled: the device is revoked.
@@ -142,7 +154,8 @@ def renew(server: Server, ca: str, wanted: Wanted) -> str:
         raise OtaError(OtaReason.BAD_PROOF, "this device's key is not an elliptic-curve key", hint="enrol it anew")
     signature = key.sign(enrolment.proof_input(fields), ec.ECDSA(hashes.SHA256()))
     fields["signature"] = base64.b64encode(signature).decode()
-    return _text(_ask(server, context, "POST", "/renew", fields), "certificate", server)
+    answer = _ask(server, context, "POST", "/renew", fields)
+    return Renewed(_text(answer, "certificate", server), str(answer.get("ca", "")))
 
 
 def trusting(ca: str) -> ssl.SSLContext:
@@ -161,14 +174,23 @@ def trusting(ca: str) -> ssl.SSLContext:
 
 
 def _ask(
-    server: Server, context: ssl.SSLContext, method: str, path: str, body: Mapping[str, Any] | None
+    server: Server,
+    context: ssl.SSLContext,
+    method: str,
+    path: str,
+    body: Mapping[str, Any] | None,
+    *,
+    proven: bool = True,
 ) -> dict[str, Any]:
+    """Args: proven: whether the server is one whose words a person may read, and follow."""
     connection = http.client.HTTPSConnection(server.host, server.port, timeout=TIMEOUT_S, context=context)
     try:
         data = None if body is None else json.dumps(body).encode()
-        connection.request(method, server.path + path, data, {"Content-Type": "application/json"})
-        response = connection.getresponse()
-        raw = response.read(enrolment.MAX_ANSWER_BYTES + 1)
+        connection.connect()
+        with _hung_up_after(connection.sock, ANSWER_S):
+            connection.request(method, server.path + path, data, {"Content-Type": "application/json"})
+            response = connection.getresponse()
+            raw = response.read(enrolment.MAX_ANSWER_BYTES + 1)
     except ssl.SSLCertVerificationError as e:
         raise _untrusted(e, server) from e
     except (OSError, http.client.HTTPException, UnicodeError) as e:  # a name that is none is a UnicodeError
@@ -188,8 +210,39 @@ def _ask(
     if not isinstance(answer, dict):
         raise _odd(server, f"HTTP {response.status} without an object")
     if "error" in answer or response.status != http.client.OK:
-        raise _refused(answer, response.status, server)
+        refused = _refused(answer, response.status, server)
+        raise refused if proven else _odd(server, f"HTTP {response.status} ({refused.reason.value})")
     return answer
+
+
+@contextlib.contextmanager
+def _hung_up_after(sock: socket.socket, seconds: float) -> Iterator[None]:
+    """End the connection `sock` when the block takes longer.
+
+    Raises:
+        TimeoutError: it did, whatever came of that in the block.
+    """
+    late = threading.Event()
+
+    def hang_up() -> None:
+        late.set()
+        with contextlib.suppress(OSError):
+            # not `sock.shutdown`, which takes TLS away from under whoever reads
+            socket.socket.shutdown(sock, socket.SHUT_RDWR)
+
+    timer = threading.Timer(seconds, hang_up)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    except (OSError, http.client.HTTPException) as e:
+        if late.is_set():
+            raise TimeoutError from e
+        raise
+    finally:
+        timer.cancel()
+    if late.is_set():
+        raise TimeoutError
 
 
 def _refused(answer: Mapping[str, Any], status: int, server: Server) -> OtaError:

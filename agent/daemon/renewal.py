@@ -97,6 +97,22 @@ class Orders:
     tell: Callable[[str, Mapping[str, Any], bool], None]
 
 
+def requested(ring: Ring, device: str, *, hpke: bool) -> Ring:
+    """`ring` with another TLS key and the request for its certificate, which the next look sends to the server.
+
+    Args:
+        ring: without a request under way: the key that the server learnt of last is among its two newest then.
+        hpke: another HPKE key too, which the server learns of with the request.
+    """
+    from agent.daemon import registrar
+
+    key = ec.generate_private_key(ec.SECP256R1())
+    pem = key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
+    trial = TlsIdentity(pem, registrar.signing_request(key, device).encode())
+    known = ring.with_hpke_key(X25519PrivateKey.generate().private_bytes_raw()) if hpke else ring
+    return replace(known, tls_trial=trial)
+
+
 class Renewal:
     """Keeps the certificate of this device young.
 
@@ -221,7 +237,8 @@ class Renewal:
     def _wait_s(self) -> float:
         """Seconds until the server is asked; 0 when that is due."""
         dates = self._dates()
-        if dates is None or self._refused_for_long():
+        # a request that was begun is repeated until it is answered: until then nobody knows which keys the server has
+        if dates is None or self._keyring.ring.tls_trial is not None or self._refused_for_long():
             return 0.0
         return max(0.0, (self._due(dates) - self._clock()).total_seconds(), self._young_until - self._monotonic())
 
@@ -254,39 +271,32 @@ class Renewal:
 
     def _prepare(self) -> TlsIdentity:
         """New key pairs, kept before anybody hears of them."""
-        from agent.daemon import registrar
-
-        key = ec.generate_private_key(ec.SECP256R1())
-        pem = key.private_bytes(
-            serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
-        )
-        # after a refusal the other key is as new as ever, and the ring forgets one for each that comes
-        hpke = None if self._again else X25519PrivateKey.generate()
-        trial = TlsIdentity(pem, registrar.signing_request(key, self._enrolment.device).encode())
 
         def keep(ring: Ring) -> Ring:
-            known = ring if hpke is None else ring.with_hpke_key(hpke.private_bytes_raw())
-            return replace(known, tls_trial=trial)
+            # after a refusal the other key is as new as ever, and the ring forgets one for each that comes
+            return ring if ring.tls_trial is not None else requested(ring, self._enrolment.device, hpke=not self._again)
 
-        self._keyring.update(keep)
+        trial = self._keyring.update(keep).tls_trial
+        assert trial is not None
         return trial
 
     def _checked(self, pem: str, trial: TlsIdentity) -> bytes:
         """The certificate in `pem` and nothing else of it; the broker would refuse anything else, and say less."""
         from cryptography import x509
-        from cryptography.exceptions import InvalidSignature
+        from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 
         try:
             certificate = x509.load_pem_x509_certificate(pem.encode())
             certificate.verify_directly_issued_by(x509.load_pem_x509_certificate(self._enrolment.ca.read_bytes()))
-        except (ValueError, TypeError, InvalidSignature) as e:
+            theirs = certificate.public_key()  # read lazily: its faults belong here too
+        except (ValueError, TypeError, InvalidSignature, UnsupportedAlgorithm) as e:
             raise OtaError(
                 Reason.BAD_PROOF, "the server answered with a certificate of another authority", hint="check the server"
             ) from e
         key = serialization.load_pem_private_key(trial.key_pem, password=None).public_key()
         form = (serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo)
         names = [attribute.value for attribute in certificate.subject]
-        if certificate.public_key().public_bytes(*form) != key.public_bytes(*form) or names != [self._enrolment.device]:
+        if theirs.public_bytes(*form) != key.public_bytes(*form) or names != [self._enrolment.device]:
             raise OtaError(
                 Reason.BAD_PROOF, "the server answered with a certificate for another key", hint="check the server"
             )

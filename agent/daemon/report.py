@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -14,9 +15,11 @@ from agent.daemon.updates import LastWords
 from ota.client.journal import Record
 from ota.client.locks import LockView
 from ota.client.ports import UpdateEvent
+from ota.client.settings import State as SettingsState
 from ota.errors import Reason
 
 DEVICE_LINE = "*"
+_SEE_LOG = "why: journalctl -u edge-agent"
 
 
 def source_status(source: SourceRuntime) -> dict[str, Any]:
@@ -88,6 +91,12 @@ def lock_status(view: LockView) -> dict[str, Any]:
     }
 
 
+def owner_status(delegate: str, runtime: LineRuntime) -> dict[str, Any]:
+    """A delegate for one process alone, and the line that serves on it for as long as it likes."""
+    since_s = round(time.monotonic() - runtime.serving.since, 1) if runtime.serving else 0.0
+    return {"name": delegate, "owner": runtime.config.name, "since_s": since_s, "timeout_s": 0.0, "waiting": []}
+
+
 def conditions(
     lines: Mapping[str, LineRuntime],
     sources: Mapping[str, SourceRuntime],
@@ -102,17 +111,24 @@ def conditions(
             text = f"source {name} is {source.state}" + (f": {source.detail}" if source.detail else "")
             found.append(_condition("SourceStreaming", "False", source.reason or source.state, text))
     for name, runtime in lines.items():
-        if runtime.serving is None:
-            text = "publish and grant a release" if record.line(name).active is None else "see the log"
+        if runtime.serving is None and runtime.lent:
+            text = f"line {name} makes room for a trial on what it serves on; it serves again by itself"
+            found.append(_condition("LineServing", "False", "lent", text))
+        elif runtime.serving is None:
+            text = "publish and grant a release" if record.line(name).active is None else _SEE_LOG
             found.append(_condition("LineServing", "False", "no_release", f"line {name} serves nothing; {text}"))
         elif runtime.serving.worker.exited.done():
             reason = runtime.serving.worker.exited.result().reason.value
-            found.append(_condition("LineServing", "False", reason, f"line {name} is being started again; see the log"))
+            found.append(_condition("LineServing", "False", reason, f"line {name} is being started again; {_SEE_LOG}"))
     if link["state"] not in ("connected", "offline by configuration"):
         found.append(_condition("LinkConnected", "False", link.get("reason") or link["state"], link.get("message", "")))
     device = words.now.get(DEVICE_LINE)
     if device is not None and device.reason is not None:
-        found.append(_condition("MetadataFresh", "False", device.reason.value, device.message))
+        text = f"{device.message}; {device.hint}" if device.hint else device.message
+        found.append(_condition("MetadataFresh", "False", device.reason.value, text))
+    if record.settings.state is not SettingsState.IDLE:
+        text = f"settings {record.settings.trial[:12]} are on trial and end by themselves; edge-agent config show"
+        found.append(_condition("SettingsProved", "False", "on_trial", text))
     return found
 
 

@@ -9,7 +9,6 @@ What does not lie there is not this module's: agent.toml, credentials sealed by 
 from __future__ import annotations
 
 import os
-import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -106,6 +105,8 @@ def last(state_dir: Path) -> dict[str, Any] | None:
 
 def _remove(path: Path) -> None:
     if path.is_dir() and not path.is_symlink():
+        import shutil  # memory that the daemon does not need otherwise
+
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)

@@ -30,6 +30,11 @@ from ota.errors import StoreError
 MARK = "revoked.json"
 HINT = "ask the operator; to use the board again: edge-agent reset --yes, then enrol it"
 _BEAT_S = 5.0
+# what people ask a daemon that serves
+_REFUSED = (
+    *("POST /cancel", "POST /check", "POST /retry", "POST /rollback", "POST /sideload"),
+    *("GET /config", "POST /config", "GET /keys", "POST /keys/rotate", "POST /keys/seal"),
+)
 
 
 def mark(state_dir: Path) -> None:
@@ -86,7 +91,7 @@ class RevokedDevice:
             "GET /metrics": self._get_metrics,
             "POST /reset": self._post_reset,
         }
-        self._routes |= dict.fromkeys(("POST /check", "POST /rollback", "POST /sideload"), self._refuse)
+        self._routes |= dict.fromkeys(_REFUSED, self._refuse)
         self._control = ControlServer(config.control_socket, self._routes)
         self.leaving = asyncio.Event()
 

@@ -2,7 +2,8 @@
 
 Works in the daemon, and beside a dead one on the same state directory. Shows key ids, never keys. Not here: how files
 are sealed anew (`ota.client.reseal`), renewal of the certificate (`agent.daemon.renewal`).
-Invariants: a key is in the ring, durably, before anything is sealed under it or its file is destroyed.
+Invariants: a key is in the ring, durably, before anything is sealed under it or its file is destroyed; no key that the
+server may make grants for is forgotten.
 """
 
 from __future__ import annotations
@@ -17,8 +18,9 @@ from typing import Any, Protocol
 
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
-from agent.daemon import enroll
+from agent.daemon import enroll, renewal
 from agent.daemon.control import Reply, Route, asker, json_reply
+from agent.daemon.enroll import Enrolment
 from agent.daemon.keys import (
     HPKE_KEY,
     SECRETS,
@@ -39,6 +41,7 @@ from ota.client.limits import Limits
 from ota.client.reseal import finish_rotation, rotate_storage
 from ota.client.store import Store
 from ota.errors import OtaError
+from ota.errors import Reason as OtaReason
 from ota.payload import key_id
 
 log = logging.getLogger(__name__)
@@ -59,18 +62,18 @@ class Rotation:
 
     Args:
         opened: what custody and ring gave; its HPKE keys are changed in place, so that the updater has them too.
-        certificate: where enrolment left the certificate.
+        enrolment: who the device is, where its certificate lies, and who learns of its keys.
         report: told of what happened, for telemetry.
     """
 
     def __init__(
-        self, source: KeyProvider, opened: OpenKeys, fs: Fs, store: Store, certificate: Path, report: Report
+        self, source: KeyProvider, opened: OpenKeys, fs: Fs, store: Store, enrolment: Enrolment, report: Report
     ) -> None:
         self._source = source
         self._opened = opened
         self._fs = fs
         self._store = store
-        self._certificate = certificate
+        self._enrolment = enrolment
         self._report = report
 
     @classmethod
@@ -91,7 +94,7 @@ class Rotation:
         def report(kind: str, facts: Mapping[str, Any], *, alarm: bool = False) -> None:
             log.info("%s: %s", kind, dict(facts))
 
-        return cls(source, opened, fs, store, enrolment.certificate, report)
+        return cls(source, opened, fs, store, enrolment, report)
 
     def routes(self) -> dict[str, Route]:
         """The requests of the control socket."""
@@ -137,7 +140,7 @@ class Rotation:
             "storage": {name: {"files": files[name], "current": name == storage[0]} for name in storage},
             "unreadable_files": sum(count for name, count in files.items() if name not in storage),
             "hpke": [] if ring is None else [kid_of(raw) for raw in ring.ring.hpke],
-            "tls": _tls_state(self._opened, ring),
+            "tls": _tls_state(self._opened, ring, self._source.path(TLS_KEY)),
             "troubles": [{"reason": t.reason, "message": t.message, "hint": t.hint} for t in self._opened.troubles],
         }
 
@@ -145,8 +148,9 @@ class Rotation:
         """Give the device new keys of these kinds.
 
         Raises:
-            ControlError: `sealed_key_unavailable`.
-            OtaError: the disk; a storage rotation that was begun goes on at the next call or start.
+            ControlError: `sealed_key_unavailable`; `bad_usage` for an HPKE key that nobody would learn of.
+            OtaError: `busy` while the server was not told of the last HPKE key; the disk: a storage rotation that was
+                begun goes on at the next call or start.
         """
         ring = self._ring()
         answer: dict[str, Any] = {}
@@ -179,7 +183,8 @@ class Rotation:
                 hint="LoadCredentialEncrypted=storage.key:PATH in a drop-in of edge-agent.service, and restart it",
             )
         moved = tuple(name for name in SECRETS if name != TLS_KEY or not keep_tls)
-        destroyed = await offload.finished(lambda: seal_files(self._source, self._fs, ring, self._certificate, moved))
+        certificate = self._enrolment.certificate
+        destroyed = await offload.finished(lambda: seal_files(self._source, self._fs, ring, certificate, moved))
         self._report("keys", {"state": "sealed", "destroyed": destroyed})
         return {"destroyed": destroyed, "worth": self._source.worth}
 
@@ -193,14 +198,32 @@ class Rotation:
         return self._opened.keyring
 
     async def _rotate_hpke(self, ring: Keyring) -> str:
-        private = X25519PrivateKey.generate()
-        saved = await offload.finished(lambda: ring.update(lambda r: r.with_hpke_key(private.private_bytes_raw())))
-        kid = kid_of(private.private_bytes_raw())
+        """Begin a renewal, which tells the server of the new key. Never two at once: the second would take the place of
+        the key that the server has, and no grant would open."""
+        if not self._enrolment.renewal:
+            raise ControlError(
+                Reason.BAD_USAGE,
+                "nobody would make grants for another HPKE key: this device knows no server that renews",
+                hint="enrol it with a bundle that names one: edge-ota enroll --renewal https://HOST:PORT",
+            )
+
+        def begin(known: keyring.Ring) -> keyring.Ring:
+            if known.tls_trial is not None:
+                raise OtaError(
+                    OtaReason.BUSY,
+                    "the server was not told of the last HPKE key yet, or its certificate is on trial",
+                    hint="edge-agent status says what hinders the renewal; try again when it is through",
+                    retry=True,
+                )
+            return renewal.requested(known, self._enrolment.device, hpke=True)
+
+        saved = await offload.finished(lambda: ring.update(begin))
+        opened = {kid_of(raw): X25519PrivateKey.from_private_bytes(raw) for raw in saved.hpke}
         known = self._opened.device.hpke
-        known[kid] = private
-        for forgotten in known.keys() - {kid_of(raw) for raw in saved.hpke}:
+        known.update(opened)
+        for forgotten in known.keys() - opened.keys():
             del known[forgotten]
-        return kid
+        return kid_of(saved.hpke[0])
 
     async def _get_keys(self, _: Mapping[str, Any]) -> Reply:
         return json_reply(await self.show())
@@ -274,9 +297,9 @@ def _file_secret(source: KeyProvider, name: str) -> bytes | None:
         raise
 
 
-def _tls_state(opened: OpenKeys, ring: Keyring | None) -> str:
+def _tls_state(opened: OpenKeys, ring: Keyring | None, file: Path) -> str:
     if opened.tls is None:
         return "none"
     renewed = ring is not None and ring.ring.tls is not None
     trial = ring is not None and ring.ring.tls_trial is not None
-    return ("in the ring" if renewed else os.fspath(opened.tls.key)) + (", a renewed one on trial" if trial else "")
+    return ("in the ring" if renewed else os.fspath(file)) + (", a renewed one on trial" if trial else "")

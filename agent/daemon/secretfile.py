@@ -42,7 +42,12 @@ def read(path: Path, low: int, high: int) -> bytes:
             raise CustodyError(
                 Reason.KEY_UNSAFE, f"{path} has mode {stat.S_IMODE(facts.st_mode):04o}", hint=f"chmod 0600 {path}"
             )
-        data = file.read(high + 1)
+        try:
+            data = file.read(high + 1)
+        except OSError as e:
+            raise CustodyError(
+                Reason.KEY_UNSAFE, f"{path}: {e.strerror}", hint="check the device's storage; then enrol it anew"
+            ) from e
     if not low <= len(data) <= high:
         raise CustodyError(Reason.KEY_UNSAFE, f"{path} holds {len(data)} bytes", hint="restore it, or enrol again")
     if not any(data):

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -34,6 +35,7 @@ from ota.errors import Reason as OtaReason
 log = logging.getLogger(__name__)
 
 HELD_S = 2.0
+REFUSED_S = 30.0  # a disk that refuses is not asked every second
 # the limit of trials that were interrupted, as for releases
 MAX_ATTEMPTS = Limits().trial_attempts
 Event = Mapping[str, Any]
@@ -161,8 +163,7 @@ class SettingsTrials:
 
     Args:
         kept: the record and the documents. chosen: what this daemon runs with.
-        tell: told of every end, as an event's facts.
-        restart: starts the daemon anew within the process.
+        tell: told of every end, as an event's facts. restart: starts the daemon anew within the process.
         limit_s: time of a trial. clock: monotonic seconds.
     """
 
@@ -177,6 +178,8 @@ class SettingsTrials:
     _wanted: str | None = field(default=None, init=False)
     _began_s: float = field(default=0.0, init=False)
     _held_since_s: float | None = field(default=None, init=False)
+    _not_before_s: float = field(default=-math.inf, init=False)
+    _ends: bool = field(default=False, init=False)
 
     def start(self) -> None:
         """Begin the time of the trial, if there is one, and tell what was before."""
@@ -205,6 +208,7 @@ class SettingsTrials:
             )
         sha256 = self.kept.propose(text.encode(), self.chosen.own_sha256, origin, self._expect(wanted))
         log.warning("settings %s go on trial for %g s", sha256[:12], self.limit_s)
+        self._ends = True
         self.restart()
         return sha256
 
@@ -244,16 +248,18 @@ class SettingsTrials:
 
     @property
     def on_trial(self) -> bool:
-        """Whether this daemon runs with settings that have not proved themselves yet, or is about to end for them."""
-        return self.kept.record.state is not State.IDLE
+        """Whether this daemon runs with settings that have not proved themselves yet, or is ending for them."""
+        return self.kept.record.state is not State.IDLE and (self.chosen.trial or self._ends)
 
     def tick(self) -> bool:
         """Take in what the fleet wants, or look how the trial goes; True when it has just been passed."""
         before = self.on_trial
+        if self.clock() < self._not_before_s:
+            return False
         try:
             self._tick()
         except OtaError as e:
-            # tried again at the next tick
+            self._not_before_s = self.clock() + REFUSED_S
             log.error("settings: %s", e.message, extra={"reason": e.reason.value, "hint": e.hint})
         return before and not self.on_trial and not self.untold
 
@@ -264,7 +270,7 @@ class SettingsTrials:
                 self._take_wanted(self._wanted)
             return
         if not self.chosen.trial:
-            return  # proposed a moment ago: this daemon ends
+            return  # this daemon ends, or could not note the beginning of the trial: the next start begins it
         missing = [what for what in self.kept.record.expect if not self._holds(what)]
         if missing:
             self._held_since_s = None

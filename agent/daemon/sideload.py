@@ -52,6 +52,7 @@ class Sideloads:
         device: id of this device.
         root: the root that sticks are signed by; None for the fleet's own.
         clock: wall clock, UTC, for the record.
+        on_trial: whether settings are on trial, whose failure would interrupt what is installed.
     """
 
     def __init__(
@@ -63,6 +64,7 @@ class Sideloads:
         audit: Audit,
         telemetry: Telemetry,
         clock: Callable[[], datetime.datetime],
+        on_trial: Callable[[], bool] = lambda: False,
     ) -> None:
         self._updater = updater
         self._words = words
@@ -71,6 +73,7 @@ class Sideloads:
         self._audit = audit
         self._telemetry = telemetry
         self._clock = clock
+        self._on_trial = on_trial
         self._lock = asyncio.Lock()
 
     async def install(self, path: Path, asker: Asker, *, allow_expired: bool = False) -> dict[str, str]:
@@ -78,13 +81,16 @@ class Sideloads:
 
         Raises:
             ControlError: `not_permitted` when dates are to be set aside by somebody who may not.
-            OtaError: `busy` while another stick is read; `not_for_this_device` when nothing there is for this device;
-                else why the first line was not installed.
+            OtaError: `busy` while another stick is read, or settings are on trial; `not_for_this_device` when nothing
+                there is for this device; else why the first line was not installed.
         """
         if allow_expired:
             asker.require_operator("install from a stick that has expired")
         if self._lock.locked():
             raise OtaError(OtaReason.BUSY, "another stick is being read", hint="wait until that is over", retry=True)
+        if self._on_trial():
+            hint = "edge-agent config show tells when it ends; then again"
+            raise OtaError(OtaReason.BUSY, "settings are on trial", hint=hint, retry=True)
         async with self._lock:
             named = {"path": os.fspath(path), "allow_expired": allow_expired}
             deed = self._audit.begin(self._clock().isoformat(timespec="seconds"), "sideload", asker, named)
@@ -116,6 +122,13 @@ class Sideloads:
         finally:
             # what a stick's metadata is like says nothing of the device's own source
             self._words.put_back(DEVICE, known)
+        if not events:
+            # it named something for this device a moment ago
+            raise OtaError(
+                OtaReason.NOT_FOR_THIS_DEVICE,
+                f"nothing on it is for {self._device}",
+                hint=f"is it still mounted? edge-ota bundle REPO {self._device} OUT writes it anew",
+            )
         return _told(events, f"edge-ota bundle REPO {self._device} OUT writes it anew")
 
 

@@ -7,14 +7,13 @@ from __future__ import annotations
 
 import contextlib
 import os
+import resource
 import secrets
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-import psutil
 
 from agent.daemon import report
 from agent.daemon.fetching import Fetching
@@ -59,7 +58,6 @@ class Status:
         self._tick_s = tick_s
         self._started = time.monotonic()
         self._history: dict[str, list[int]] = {name: [] for name in observed.lines}
-        self._process = psutil.Process()
 
     def tick(self) -> None:
         """Note how many results each line has given, for its frame rate."""
@@ -89,7 +87,10 @@ class Status:
                 for name, line in parts.lines.items()
             },
             "fetching": parts.fetching.status(),
-            "locks": [report.lock_status(view) for view in parts.updater.locks()],
+            "locks": [
+                *(report.lock_status(view) for view in parts.updater.locks()),
+                *(report.owner_status(name, parts.lines[line]) for name, line in parts.host.owners().items()),
+            ],
             "conditions": [
                 *report.key_conditions(parts.keys.troubles),
                 *parts.lifecycle.conditions(),
@@ -97,7 +98,7 @@ class Status:
             ],
             "process": {
                 "pid": os.getpid(),
-                "rss_bytes": self._process.memory_info().rss,
+                "rss_bytes": resident_bytes(),
                 "uptime_s": round(time.monotonic() - self._started, 1),
             },
         }
@@ -119,8 +120,8 @@ class Status:
         """What goes with the lines' metrics."""
         link = self._observed.link()
         return {
-            "rss_bytes": self._process.memory_info().rss,
-            "cpu_s": round(sum(self._process.cpu_times()[:2]), 2),
+            "rss_bytes": resident_bytes(),
+            "cpu_s": round(time.process_time(), 2),
             "load": os.getloadavg()[0],
             "bytes": self._observed.fetching.with_https(link.bytes_by_purpose() if link else {}),
             "lost": self._observed.telemetry.lost,
@@ -138,6 +139,11 @@ class Status:
     def _fps(self, name: str) -> float:
         history = self._history[name]
         return (history[-1] - history[0]) / ((len(history) - 1) * self._tick_s) if len(history) > 1 else 0.0
+
+
+def resident_bytes() -> int:
+    """Resident memory of this process (proc(5), statm)."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
 
 
 def boot_id() -> str:

@@ -30,6 +30,7 @@ log = logging.getLogger(__name__)
 HOST_TIMEOUT_S = 30.0
 HOST_GRACE_S = 3.0
 BACKOFF_S = (0.1, 30.0)
+ACCEPT_PAUSE_S = 1.0
 
 
 class Supervisor:
@@ -64,7 +65,7 @@ class Supervisor:
             self._launch()
         else:
             self._listener = _listener(self._listen)
-            asyncio.get_running_loop().add_reader(self._listener, self._accept)
+            self._listen_on()
 
     async def stop(self) -> None:
         """End every worker and the host."""
@@ -152,9 +153,21 @@ class Supervisor:
         self._channel = Channel(ours, self._host_said, self._host_lost)
         self.isolation = "process"
 
+    def _listen_on(self) -> None:
+        if self._listener is not None and not self._stopping:
+            asyncio.get_running_loop().add_reader(self._listener, self._accept)
+
     def _accept(self) -> None:
         assert self._listener is not None
-        sock, _ = self._listener.accept()
+        try:
+            sock, _ = self._listener.accept()
+        except OSError as e:
+            # nobody is there any more, or no descriptor is left: who still waits is called for again a little later
+            log.error("the worker host cannot be answered: %s", e.strerror)
+            loop = asyncio.get_running_loop()
+            loop.remove_reader(self._listener)
+            loop.call_later(ACCEPT_PAUSE_S, self._listen_on)
+            return
         if self._channel is not None and self._channel.open:
             log.warning("a second worker host was refused")
             sock.close()

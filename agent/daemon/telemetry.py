@@ -64,6 +64,15 @@ class Batch:
     payload: bytes
 
 
+@dataclass(frozen=True, slots=True)
+class _Ready:
+    """A batch that was not taken yet, and how many records of which class are lost without it."""
+
+    batch: Batch
+    level: int
+    records: int
+
+
 class _Waiting:
     """Encoded records of one class, in order of arrival within each group; a batch holds one group."""
 
@@ -106,7 +115,7 @@ class Telemetry:
         self._limits = limits or TelemetryLimits()
         self._results = results
         self._waiting = {level: _Waiting() for level in CLASSES}
-        self._ready: Batch | None = None
+        self._ready: _Ready | None = None
         self._number = 0
         self._lost: dict[int, int] = dict.fromkeys(CLASSES, 0)
         self._unsaid: dict[int, int] = dict.fromkeys(CLASSES, 0)
@@ -167,7 +176,7 @@ class Telemetry:
     def waiting_bytes(self) -> int:
         """Encoded bytes in memory."""
         return sum(waiting.bytes for waiting in self._waiting.values()) + (
-            len(self._ready.payload) if self._ready else 0
+            len(self._ready.batch.payload) if self._ready else 0
         )
 
     @property
@@ -177,37 +186,48 @@ class Telemetry:
 
     # --- out ---------------------------------------------------------------------------------------------------------
 
-    def flush(self, publish: Callable[[Batch], bool]) -> int:
+    def flush(self, publish: Callable[[Batch], bool], room_bytes: int | None = None) -> int:
         """Hand out what waits, most important first, until nothing is left, `publish` returns False or it is enough.
 
-        A batch that was not taken is offered again, unchanged, by the next flush. Returns how many were taken.
+        A batch that was not taken is offered again, unchanged, by the next flush. What alone is larger than
+        `room_bytes` cannot be sent at all and counts as lost, so that it keeps nothing else from leaving. Returns how
+        many batches were taken.
         """
+        most_bytes = self._limits.batch_bytes if room_bytes is None else min(self._limits.batch_bytes, room_bytes)
+        if self._ready is not None and len(self._ready.batch.payload) > most_bytes:
+            # made for a broker that takes larger packets
+            self._lose(self._ready.level, self._ready.records)
+            self._ready = None
         taken = 0
-        while taken < self._limits.flush_batches and (batch := self._ready or self._next()) is not None:
-            self._ready = batch
-            if not publish(batch):
+        while taken < self._limits.flush_batches and (ready := self._ready or self._next(most_bytes)) is not None:
+            self._ready = ready
+            if not publish(ready.batch):
                 break
             self._ready = None
             taken += 1
         return taken
 
-    def _next(self) -> Batch | None:
+    def _next(self, most_bytes: int) -> _Ready | None:
         for level in CLASSES:
-            if self._waiting[level]:
-                return self._batch(level)
+            waiting = self._waiting[level]
+            while waiting:
+                group = waiting.oldest()
+                if len(waiting.peek(group) or b"") <= most_bytes - _HEAD_BYTES:
+                    return self._batch(level, group, most_bytes)
+                waiting.pop(group)
+                self._lose(level)
         return None
 
-    def _batch(self, level: int) -> Batch:
-        """The records of one group that fit, oldest first; one always does."""
+    def _batch(self, level: int, group: Group, most_bytes: int) -> _Ready:
+        """The records of a group that fit, oldest first; one does."""
         waiting = self._waiting[level]
-        group = waiting.oldest()
         head = self._head(group)
         rows = [waiting.pop(group)]
         size = len(head) + len(rows[0]) + 2
-        while (encoded := waiting.peek(group)) is not None and size + len(encoded) + 1 <= self._limits.batch_bytes:
+        while (encoded := waiting.peek(group)) is not None and size + len(encoded) + 1 <= most_bytes:
             rows.append(waiting.pop(group))
             size += len(encoded) + 1
-        return Batch(_TOPIC_OF[level], head + b",".join(rows) + b"]}")
+        return _Ready(Batch(_TOPIC_OF[level], head + b",".join(rows) + b"]}"), level, len(rows))
 
     def _head(self, group: Group) -> bytes:
         """Everything of a batch up to the first record."""
@@ -258,9 +278,9 @@ class Telemetry:
                 return True
         return False
 
-    def _lose(self, level: int) -> None:
-        self._lost[level] += 1
-        self._unsaid[level] += 1
+    def _lose(self, level: int, records: int = 1) -> None:
+        self._lost[level] += records
+        self._unsaid[level] += records
 
     def _histograms(self, line: str) -> dict[str, Histogram]:
         stages = self._stages.get(line)

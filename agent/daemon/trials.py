@@ -15,7 +15,6 @@ from typing import Any
 
 from agent import protocol
 from agent.config import UpdateConfig
-from agent.daemon.lines import load_message
 from agent.daemon.selection import Verdict, quantile
 from agent.daemon.supervisor import Supervisor
 from agent.daemon.worker import Worker, one_line
@@ -60,6 +59,22 @@ def subject_of(candidate: Candidate) -> Subject:
         golden=lambda: candidate.open(candidate.release.golden.name),
         tolerance=candidate.release.graph.get("golden", {}),
         budgets=candidate.release.budgets,
+    )
+
+
+def load_message(candidate: Candidate, component_name: str, delegate: str, threads: int) -> protocol.LoadModel:
+    """The message that loads one component of `candidate` on one delegate."""
+    component = candidate.release.component(component_name)
+    return protocol.LoadModel(
+        line=candidate.line,
+        version=candidate.version,
+        component=component_name,
+        format=component.format,
+        delegate=delegate,
+        threads=threads,
+        graph=dict(candidate.release.graph),
+        inputs=[dict(spec) for spec in component.inputs],
+        outputs=[dict(spec) for spec in component.outputs],
     )
 
 

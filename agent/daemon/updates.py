@@ -10,11 +10,12 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Collection, Sequence
 
 from agent.config import UpdateConfig
 from ota.client.limits import Limits
 from ota.client.ports import UpdateEvent
+from ota.client.rest import DEVICE
 from ota.errors import OtaError, Reason
 
 log = logging.getLogger(__name__)
@@ -22,6 +23,8 @@ log = logging.getLogger(__name__)
 RETRY_S = (5.0, 600.0)
 MAX_LOOKS = 32
 # what a person or the settings want is no failure to be mended by looking again soon
+FOR_GOOD = frozenset({Reason.NO_DELEGATE, Reason.INCOMPATIBLE})
+"""Why a line stays without its committed release until the settings are others."""
 _NOT_MENDED = frozenset({Reason.OPERATOR, Reason.DEVICE_REVOKED, Reason.METERED, Reason.OUTSIDE_WINDOW})
 
 
@@ -107,7 +110,8 @@ class UpdateLoop:
 
 
 async def serve_later(serve: Callable[[], Awaitable[None]], rng: random.Random) -> None:
-    """Call `serve` with back-off for as long as it finds the device busy."""
+    """Call `serve` with back-off until it succeeds, or fails for a reason that only other settings end: a committed
+    release ran here before, so whatever else keeps it from serving may pass."""
     wait_s = RETRY_S[0]
     while True:
         await asyncio.sleep(rng.uniform(wait_s / 2, wait_s))
@@ -116,7 +120,7 @@ async def serve_later(serve: Callable[[], Awaitable[None]], rng: random.Random) 
             return await serve()
         except OtaError as e:
             log.error("a line is not served: %s", e.message, extra={"reason": e.reason.value, "hint": e.hint})
-            if e.reason is not Reason.BUSY:
+            if e.reason in FOR_GOOD:
                 return
 
 
@@ -132,9 +136,15 @@ def limits_of(config: UpdateConfig) -> Limits:
 
 
 class LastWords:
-    """The last update event of each line, and the last one that ended an update."""
+    """The last update event of each line, and the last one that ended an update.
 
-    def __init__(self) -> None:
+    Args:
+        lines: names of the lines of this device. Whoever assigns releases may make up others, as many as he likes;
+            of those nothing is kept.
+    """
+
+    def __init__(self, lines: Collection[str]) -> None:
+        self._known = frozenset((DEVICE, *lines))
         self.now: dict[str, UpdateEvent] = {}
         self.ended: dict[str, UpdateEvent] = {}
 
@@ -146,7 +156,9 @@ class LastWords:
             self.now[line] = event
 
     def add(self, event: UpdateEvent) -> None:
-        """Remember `event`; a look that found nothing new does not hide how the last update ended."""
+        """Remember `event` of a known line; a look that found nothing new does not hide how the last update ended."""
+        if event.line not in self._known:
+            return
         self.now[event.line] = event
         if event.outcome is not None and event.outcome != "up_to_date":
             self.ended[event.line] = event

@@ -35,6 +35,9 @@ from ota.mqtt import (
     Tls,
 )
 
+# a PUBLISH packet around a payload: fixed header 5, the longest topic 96, packet id 2, expiry 6, rounded up
+_ENVELOPE_BYTES = 128
+
 
 @dataclass(frozen=True, slots=True)
 class _Client:
@@ -123,6 +126,11 @@ class Uplink:
     def dropped(self) -> int:
         """Messages that came faster than they were taken."""
         return self._client.inbox.dropped
+
+    @property
+    def room_bytes(self) -> int:
+        """Bytes of payload that one packet to this broker surely has room for."""
+        return self._client.mqtt.max_packet_bytes - _ENVELOPE_BYTES
 
     def start(self) -> None:
         """Start the network thread, or another in place of one that died."""

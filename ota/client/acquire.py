@@ -80,13 +80,13 @@ class Acquisition:
         files = (*components, release.golden)
         for component in components:
             self.check_key(release, component.full)
-        waiting = [self._plan(file) for file in files if not await self._stored(file)]
+        waiting = [self._plan(file) for file in files if not await self.stored(file)]
         self.holds |= {file.plain_sha256 for file in files}
         what = f"{release.line} {release.version}"
         async with parts.locks.disk(
             release.line,
             lambda: self._needed(waiting),
-            lambda reserved: parts.store.admit(self._needed(waiting) + reserved, what),
+            lambda reserved: self._admit(waiting, reserved, what),
             wait_s=limits.lock_wait_s,
             timeout_s=limits.disk_timeout_s,
         ):
@@ -174,8 +174,23 @@ class Acquisition:
         )
         self._parts.inbox.discard(delta.payload)
         reserved = self._parts.locks.reserved_bytes(but=release.line)
-        self._parts.store.admit(self._needed(waiting) + reserved, f"{release.line} {release.version}")
+        self._admit(waiting, reserved, f"{release.line} {release.version}")
         await self._fetch(release, waiting)
+
+    def _admit(self, waiting: Sequence[Plan], reserved: int, what: str) -> None:
+        """Refuse what the disk is too small for even without the rest of releases that are not wanted any more.
+
+        Raises:
+            StoreError: `no_space`, `sealed_key_unavailable`.
+        """
+        needed = self._needed(waiting) + reserved
+        try:
+            self._parts.store.admit(needed, what)
+        except StoreError as e:
+            if e.reason is not Reason.NO_SPACE:
+                raise
+            self._parts.collect()
+            self._parts.store.admit(needed, what)
 
     def _needed(self, waiting: Sequence[Plan]) -> int:
         """Bytes still to be written for `waiting`: what is missing in the inbox, and the sealed files."""
@@ -189,8 +204,12 @@ class Acquisition:
                 bases |= {installed.plain_sha256, installed.golden_sha256}
         return payloads.plan(component, {sha256 for sha256 in bases if self._parts.store.has(sha256)})
 
-    async def _stored(self, component: Component) -> bool:
-        """Whether the store has the file whole; a damaged one is removed."""
+    async def stored(self, component: Component) -> bool:
+        """Whether the store has the file whole; a damaged one is removed.
+
+        Raises:
+            StoreError: it cannot be read now.
+        """
         store = self._parts.store
         if not store.has(component.plain_sha256):
             return False

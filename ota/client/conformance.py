@@ -37,7 +37,13 @@ from ota.errors import OtaError, Reason, TransferError, TrustError
 
 _REPOSITORY = "conformance"
 # the suite's recorded repositories are judged at the time they were made, before this software was
-_LIMITS = Limits(built=datetime.datetime.min.replace(tzinfo=datetime.UTC))
+_LIMITS = Limits(
+    built=datetime.datetime.min.replace(tzinfo=datetime.UTC),
+    # room for repositories of any kind, not only for a fleet's
+    root_max_bytes=1 << 19,
+    snapshot_max_bytes=1 << 21,
+    targets_max_bytes=5 << 20,
+)
 _ROOT = "root.json"
 _ABSENT = (403, 404)
 _TIMEOUT_S = 20.0

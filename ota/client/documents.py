@@ -12,6 +12,7 @@ from urllib.parse import quote, unquote
 from ota.client.fsops import Fs
 from ota.client.journal import Floor, Journal
 from ota.client.workflow import Trusted
+from ota.errors import StoreError
 
 SUFFIX = ".json"
 
@@ -38,16 +39,17 @@ class Documents:
         return self._journal.record.floors.get(self._name, {})
 
     def stored(self) -> dict[str, bytes]:
-        """What is on disk, by role; it may be damaged.
+        """What is on disk, by role; it may be damaged. What the disk does not give back is as good as absent: it is
+        fetched, and written anew.
 
         Raises:
-            StoreError: `io_error`.
+            StoreError: `io_error`: the folder cannot be read.
         """
-        return {
-            unquote(name.removesuffix(SUFFIX)): self._fs.read_at(f"{self._folder}/{name}", 0, self._max_bytes + 1)
-            for name in self._fs.names(self._folder)
-            if name.endswith(SUFFIX)
+        names = [name for name in self._fs.names(self._folder) if name.endswith(SUFFIX)]
+        found = {
+            unquote(name.removesuffix(SUFFIX)): self._read(f"{self._folder}/{name}", self._max_bytes) for name in names
         }
+        return {role: data for role, data in found.items() if data is not None}
 
     def keep(self, trusted: Trusted) -> None:
         """Make a verified document and its floor durable; what is there already is not written again.
@@ -58,7 +60,13 @@ class Documents:
             StoreError: `no_space` or `io_error`.
         """
         path = f"{self._folder}/{quote(trusted.role, safe='')}{SUFFIX}"
-        if self._fs.size(path) != len(trusted.data) or self._fs.read(path, len(trusted.data)) != trusted.data:
+        if self._read(path, len(trusted.data)) != trusted.data:
             self._fs.make_dirs(self._folder)
             self._fs.write_atomic(path, trusted.data)
         self._journal.save(self._journal.record.with_floor(self._name, trusted.role, trusted.floor))
+
+    def _read(self, path: str, max_bytes: int) -> bytes | None:
+        try:
+            return self._fs.read_at(path, 0, max_bytes + 1)
+        except StoreError:
+            return None

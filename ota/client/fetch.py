@@ -33,6 +33,7 @@ _ELSEWHERE = frozenset(
         Reason.TRANSFER_CORRUPT,
         Reason.BLOCK_TOO_LARGE,
         Reason.NOT_FOUND,
+        Reason.UNSUPPORTED,
         Reason.SERVER_UNTRUSTED,
         Reason.SERVER_REFUSED,
         Reason.SERVER_NOT_YET_VALID,
@@ -201,6 +202,7 @@ class _Admission:
     def __init__(self, gate: Gate | None, delta: bool) -> None:
         self._gate = gate
         self._delta = delta
+        self._turn = None if gate is None else gate.turn()
 
     def check(self) -> None:
         """Raises `Postponed` when nothing may be fetched now."""
@@ -208,8 +210,13 @@ class _Admission:
             self._gate.check(delta=self._delta)
 
     def take(self, length: int) -> float:
-        """See `Gate.take`."""
-        return 0.0 if self._gate is None else self._gate.take(length)
+        """See `Turn.take`."""
+        return 0.0 if self._turn is None else self._turn.take(length)
+
+    def leave(self) -> None:
+        """See `Turn.leave`."""
+        if self._turn is not None:
+            self._turn.leave()
 
 
 @dataclass(slots=True)
@@ -264,6 +271,7 @@ class _Run:
                     await self._part.flush_aside()
                 self._transfer.check_rate(self._now())
         finally:
+            admission.leave()
             for task in self._asks:
                 task.cancel()
             await asyncio.gather(*self._asks, *self._given_up, return_exceptions=True)

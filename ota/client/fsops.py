@@ -9,13 +9,14 @@ leaves no temporary file behind while the disk still answers; every `OSError` be
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import ParamSpec, TypeVar
 
-from ota.errors import Reason, StoreError
+from ota.errors import OtaError, Reason, StoreError
 
 TEMPORARY_SUFFIX = ".tmp"
 _NO_SPACE = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EMFILE, errno.ENFILE})
@@ -137,6 +138,7 @@ class Fs:
 
         Raises:
             StoreError: `no_space` or `io_error`; the temporary file is gone again if the disk allows.
+            OtaError: whatever `data` raises when it cannot go on; likewise.
         """
         temporary = path + TEMPORARY_SUFFIX
         position = 0
@@ -156,6 +158,11 @@ class Fs:
             except OSError:
                 pass  # the first error says what is wrong with the disk; `sweep` removes the file later
             raise _store_error(e, path) from e
+        except OtaError:
+            # what was to be written did not come to its end
+            with contextlib.suppress(OSError):
+                self._drop(temporary)
+            raise
 
     def write_at(self, path: str, offset: int, data: bytes) -> None:
         """Write a piece in place; durable only after `flush`.

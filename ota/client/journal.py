@@ -84,7 +84,7 @@ class Journal:
         uncopied: why a committed record has no copies yet; whoever tells it sets it to None.
 
     Raises:
-        StoreError: the disk itself cannot be read or written.
+        StoreError: no copy can be read, or the disk cannot be written.
     """
 
     def __init__(self, fs: Fs) -> None:
@@ -112,6 +112,7 @@ class Journal:
         Raises:
             StoreError: `no_space` or `io_error`; the record before stays current, in memory too.
         """
+        record = _without_unknown(record)
         durable = _without_checks(record)
         if durable == self._durable and not commit:
             self._record = record
@@ -138,29 +139,37 @@ class Journal:
 
     def _load(self) -> None:
         found: list[tuple[int, Record]] = []
-        damaged = []
+        bad: list[OtaError] = []
         for slot in _SLOTS:
-            data = self._read(slot)
-            if data is None:
-                continue
-            try:
-                found.append(decode(data))
-            except OtaError as e:
-                damaged.append(e)
+            self._look(slot, found, bad)
         found.sort(key=lambda item: item[0])
-        if not found and damaged:
-            found = self._last_committed()
+        if not found:
+            # also when neither slot is there: at the first start there is no commit either
+            self._look(_COMMITTED, found, bad)
+            if found and not bad:
+                bad = [OtaError(Reason.STATE_CORRUPT, slot) for slot in _SLOTS]
         if found:
             self._generation, self._record = found[-1]
             self._durable = self._record
             self._older = found[0][1]
-        if damaged:
+        elif (unread := next((e for e in bad if isinstance(e, StoreError)), None)) is not None:
+            raise unread  # what cannot be read now may be whole: its floors must not be thrown away
+        if bad:
             lost = "the newest readable copy is used" if found else "starting from nothing"
             self.condition = OtaError(
                 Reason.STATE_CORRUPT,
-                f"{len(damaged)} of the updater's state records are damaged; {lost}",
+                f"{len(bad)} of the updater's state records are damaged or gone; {lost}",
                 hint="check the device's storage; updates continue by themselves",
             )
+
+    def _look(self, path: str, found: list[tuple[int, Record]], bad: list[OtaError]) -> None:
+        """Add what lies at `path` to `found`, or what is wrong with it to `bad`."""
+        try:
+            data = self._read(path)
+            if data is not None:
+                found.append(decode(data))
+        except OtaError as e:
+            bad.append(e)
 
     def _read(self, path: str) -> bytes | None:
         size = self._fs.size(path)
@@ -168,21 +177,19 @@ class Journal:
             return None
         return self._fs.read_at(path, 0, min(size, MAX_RECORD_BYTES + 1))
 
-    def _last_committed(self) -> list[tuple[int, Record]]:
-        data = self._read(_COMMITTED)
-        try:
-            return [] if data is None else [decode(data)]
-        except OtaError:
-            return []  # reported as a part of the same condition
+
+def _without_unknown(record: Record) -> Record:
+    """Without lines of which there is nothing to keep: whoever assigns may name as many as he likes."""
+    known = {name: line for name, line in record.lines.items() if line != LineRecord(name)}
+    return record if len(known) == len(record.lines) else dataclasses.replace(record, lines=known)
 
 
 def _without_checks(record: Record) -> Record:
-    """Also without lines of which there is nothing to keep: whoever assigns may name as many as he likes."""
     lines = {
         name: dataclasses.replace(line, state=State.IDLE) if line.state is State.CHECKING else line
         for name, line in record.lines.items()
     }
-    return dataclasses.replace(record, lines={name: line for name, line in lines.items() if line != LineRecord(name)})
+    return _without_unknown(dataclasses.replace(record, lines=lines))
 
 
 def encode(record: Record, generation: int) -> bytes:

@@ -214,7 +214,7 @@ class Keyring:
             raise StoreError(
                 Reason.SEALED_KEY_UNAVAILABLE,
                 f"the key ring is sealed under custody key {header.key_id}, not under this one",
-                hint="hand over the storage key that belongs to this disk, or enrol the device anew",
+                hint="hand over the storage key that belongs to this disk; or edge-agent reset --yes and enrol it anew",
             )
         plain = bytearray(header.length)
         with memoryview(plain) as view:

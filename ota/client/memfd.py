@@ -11,7 +11,7 @@ import mmap
 import os
 from collections.abc import Callable, Iterator
 
-from ota.errors import PayloadError, Reason
+from ota.errors import PayloadError, Reason, StoreError
 
 _SEALS = fcntl.F_SEAL_SEAL | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE
 
@@ -20,17 +20,28 @@ def write_sealed(name: str, length: int, fill: Callable[[memoryview], None]) -> 
     """A new sealed, close-on-exec memfd of `length` bytes, written by `fill` through a mapping.
 
     Whatever `fill` raises is passed on after the descriptor is closed. The caller closes the descriptor returned.
+
+    Raises:
+        StoreError: `no_space`: the system has no memory or no descriptor left for it.
     """
-    fd = os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
     try:
-        if length:
-            os.ftruncate(fd, length)
-            with mmap.mmap(fd, length) as mapping, memoryview(mapping) as view:
-                fill(view)
-        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _SEALS)
-    except BaseException:
-        os.close(fd)
-        raise
+        fd = os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        try:
+            if length:
+                os.ftruncate(fd, length)
+                with mmap.mmap(fd, length) as mapping, memoryview(mapping) as view:
+                    fill(view)
+            fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _SEALS)
+        except BaseException:
+            os.close(fd)
+            raise
+    except OSError as e:
+        raise StoreError(
+            Reason.NO_SPACE,
+            f"no memory for {length} bytes of a model: {e.strerror or e}",
+            hint="see what uses this board's memory; it is tried again by itself",
+            retry=True,
+        ) from e
     return fd
 
 

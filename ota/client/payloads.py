@@ -83,7 +83,7 @@ def content_key(release: Release, wanted: Payload, grants: Mapping[str, Grant], 
     """
     if not keys.storage:
         raise keyless()
-    hint = f"ask the operator for a grant: edge-ota grant REPO {device} {release.line}={release.version}"
+    hint = f"ask the operator for a grant: edge-ota grant REPO {device} {release.line} {release.version}"
     grant = grants.get(wanted.cek_id)
     if grant is None:
         raise PayloadError(

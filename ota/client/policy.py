@@ -4,13 +4,14 @@ Metadata is always asked for: it is small, and only it can say that a key was re
 is exempt. Waiting is no failure: it is raised as `Postponed`, which says when to look again.
 Not here: clocks and sleeping (`fetch` waits), where the settings come from (agent.toml), which release is due.
 Invariants: a moment inside any window is open; a window may cross midnight, one of equal ends is refused; the rate
-holds over all lines and transports together, because they share one `Gate`.
+holds over all lines and transports together, because they share one `Gate`, and those that share it take turns.
 """
 
 from __future__ import annotations
 
 import datetime
 import enum
+import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -23,6 +24,8 @@ _WINDOW = re.compile(r"([01][0-9]|2[0-3]):([0-5][0-9])-([01][0-9]|2[0-3]|24):([0
 _DAY_MINUTES = 24 * 60
 # rounding must not make anybody ask a million times for the last trillionth of a token
 _SHORTEST_WAIT_S = 0.001
+# what a transfer is promised at a time
+_SHARE_BYTES = SIZES[0]
 BY_HAND = frozenset({"directory", "zip"})
 """Transports whose bytes a person brought: exempt from every policy."""
 LocalClock = Callable[[], datetime.datetime]
@@ -148,12 +151,42 @@ class Gate:
         """
         self._policy.check(self._clock(), delta=delta)
 
+    def turn(self) -> Turn:
+        """A place in the rate, for one transfer."""
+        return Turn(self._bucket, self._seconds)
+
+
+class Turn:
+    """One transfer's place in a rate that several share: tokens are promised in the order of asking and few at a time,
+    so that each gets as many bytes as the others, however small or quick its blocks are."""
+
+    def __init__(self, bucket: TokenBucket | None, seconds: Callable[[], float]) -> None:
+        self._bucket = bucket
+        self._seconds = seconds
+        self._promised = 0
+        self._due_s = -math.inf
+
     def take(self, length: int) -> float:
-        """Take `length` bytes of the rate; returns 0 when they may be asked for now, else seconds to wait before
-        asking again, and nothing is taken."""
-        if self._bucket is None or self._bucket.take(length, self._seconds()):
+        """0 when `length` bytes may be asked for now; else seconds after which it is worth asking again."""
+        if self._bucket is None:
             return 0.0
-        return max(_SHORTEST_WAIT_S, self._bucket.wait_s(length))
+        now_s = self._seconds()
+        while self._due_s <= now_s:
+            if self._promised >= length:
+                # blocks may have become smaller meanwhile
+                self._bucket.owe(length - self._promised, now_s)
+                self._promised = 0
+                return 0.0
+            share = min(_SHARE_BYTES, length - self._promised)
+            self._promised += share
+            self._due_s = now_s + self._bucket.owe(share, now_s)
+        return max(_SHORTEST_WAIT_S, self._due_s - now_s)
+
+    def leave(self) -> None:
+        """Give back what was promised and not used."""
+        if self._bucket is not None:
+            self._bucket.owe(-self._promised, self._seconds())
+            self._promised, self._due_s = 0, -math.inf
 
 
 def windows(texts: Sequence[str]) -> tuple[DayWindow, ...]:

@@ -10,7 +10,7 @@ import asyncio
 import datetime
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ota.client import trust
 from ota.client.desired import Desired
@@ -19,22 +19,38 @@ from ota.client.fsops import Fs
 from ota.client.journal import Journal
 from ota.client.limits import Limits
 from ota.client.ports import Transport
-from ota.errors import OtaError, Reason, TransferError
+from ota.errors import OtaError, Reason, StoreError, TransferError
 
 DIRECTORY = "trust"
 _NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,31}")
 _BEFORE_ALL_DATES = datetime.datetime.min.replace(tzinfo=datetime.UTC)
-ELSEWHERE = frozenset({Reason.SOURCE_UNREACHABLE, Reason.TRANSFER_TIMEOUT, Reason.ROOT_UNREACHABLE})
+ELSEWHERE = frozenset(
+    {
+        Reason.SOURCE_UNREACHABLE,
+        Reason.TRANSFER_TIMEOUT,
+        Reason.ROOT_UNREACHABLE,
+        Reason.TRANSFER_CORRUPT,
+        Reason.SERVER_UNTRUSTED,
+        Reason.SERVER_REFUSED,
+        Reason.SERVER_NOT_YET_VALID,
+    }
+)
 """What says nothing about the repository, only about the way to it."""
+_COMPLETE = (False, 0)
 
 
 @dataclass(frozen=True, slots=True)
 class Refreshed:
-    """What a refresh found, over which transport, for how many bytes of metadata."""
+    """What a refresh found, over which transport, for how many bytes of metadata.
+
+    `passed_over` is what was wrong with the documents of a transport that was asked before; None when it was only out
+    of reach.
+    """
 
     desired: Desired
     transport: Transport
     metadata_bytes: int
+    passed_over: OtaError | None = None
 
 
 class Repository:
@@ -58,24 +74,42 @@ class Repository:
     async def refresh(
         self, transports: Sequence[Transport], device: str, now: datetime.datetime, *, allow_expired: bool = False
     ) -> Refreshed:
-        """Verified assignments of `device`, from the first transport that answers.
+        """Verified assignments of `device`, from the first transport whose documents are all there and verify: a source
+        that garbles, replays or withholds must not keep a device from another one.
 
         Args:
             now: the system clock; what is judged is judged at `reference_time` of it.
             allow_expired: a person answers for it that dates are not looked at; versions are all the same.
 
         Raises:
-            TrustError, TransferError, StoreError, OtaError: as `trust.refresh`, or when nobody answers.
+            StoreError: at once.
+            TrustError, TransferError, OtaError: as `trust.refresh`, from every transport; of several causes the first
+                that is about the repository and not about the way to it.
         """
-        failure: TransferError | None = None
+        answers: list[Refreshed] = []
+        failures: list[tuple[Transport, OtaError]] = []
         for transport in transports:
             try:
-                return await self._refresh(transport, device, now, allow_expired)
-            except TransferError as e:
-                if e.reason not in ELSEWHERE:
-                    raise
-                failure = failure or e
-        raise failure or TransferError(
+                answers.append(await self._refresh(transport, device, now, allow_expired))
+            except StoreError:
+                raise
+            except OtaError as e:
+                failures.append((transport, e))
+            else:
+                if _lacking(answers[-1]) == _COMPLETE:
+                    break
+        # of equals the last, whose documents are the newest
+        best = min(reversed(answers), key=_lacking, default=None)
+        for answer in answers:
+            if best is not None and _lacking(answer) > _lacking(best):
+                failures += [(answer.transport, e) for e in answer.desired.refused.values()]
+        wrong = next(((way, e) for way, e in failures if e.reason not in ELSEWHERE), None)
+        if best is not None:
+            read_bytes = sum(answer.metadata_bytes for answer in answers)
+            return replace(best, metadata_bytes=read_bytes, passed_over=_passed_over(*wrong) if wrong else None)
+        if failures:
+            raise (wrong or failures[0])[1]
+        raise TransferError(
             Reason.SOURCE_UNREACHABLE, "there is no transport to ask", hint="configure a broker", retry=True
         )
 
@@ -120,6 +154,17 @@ class Repository:
             if e.reason is Reason.NOT_FOUND:
                 return None
             raise
+
+
+def _lacking(refreshed: Refreshed) -> tuple[bool, int]:
+    """How much another source may know better: whether there was no document for this device, and how many of its
+    lines did not verify."""
+    return refreshed.desired == Desired(), len(refreshed.desired.refused)
+
+
+def _passed_over(transport: Transport, error: OtaError) -> OtaError:
+    message = f"{transport.name} was passed over: {error.message}"
+    return OtaError(error.reason, message, hint=error.hint, retry=True)
 
 
 def reference_time(now: datetime.datetime, clock_floor: str, built: datetime.datetime) -> datetime.datetime:

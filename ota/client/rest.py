@@ -84,7 +84,8 @@ class Rest:
                 Reason.NOT_FOUND, f"{line} has no previous release", hint="edge-agent status shows what is installed"
             )
         await self.prove(record.previous)
-        outcome = self.save(record, event)
+        # a quarantine may have been lifted meanwhile
+        outcome = self.save(self.line(line), event)
         failure: OtaError | None = None
         try:
             await put_back(self._parts, line)

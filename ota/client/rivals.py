@@ -1,7 +1,8 @@
-"""Two updates of one line at the same time, one from the network and one from a stick: which of them goes on. Pure.
+"""Two updates of one line at the same time, one from the network and one from a stick: which of them goes on.
 
 Of two sources the higher release counter wins; of the network's own wishes the latest does, because signed metadata
-says which that is. The loser is cancelled, says so, and loses nothing that was fetched.
+says which that is. The loser is cancelled, says so, and loses nothing that was fetched. What only waits for its trial
+counts like what runs, as far as sticks are concerned.
 """
 
 from __future__ import annotations
@@ -9,6 +10,8 @@ from __future__ import annotations
 import asyncio
 from dataclasses import dataclass
 
+from ota.client.desired import Desired
+from ota.client.machine import LineRecord, State
 from ota.client.ports import UpdateEvent
 from ota.client.update import Update
 from ota.errors import OtaError, Reason
@@ -41,7 +44,7 @@ def check_other(run: Run, line: str, sha256: str | None) -> None:
         raise OtaError(
             Reason.BUSY,
             f"an update of {line} to {run.version or 'a waiting release'} is running already",
-            hint="wait for its end: edge-agent status shows it",
+            hint=f"wait for its end, which edge-agent status shows; or first: edge-agent update cancel {line}",
             retry=True,
         )
 
@@ -70,6 +73,51 @@ def outranked(run: Run, release: Release, *, latest_decides: bool) -> OtaError:
         hint="nothing to do: what was fetched is kept",
         retry=True,
     )
+
+
+def goes_on(run: Run, record: LineRecord, desired: Desired | None) -> bool:
+    """Whether a general look leaves a running update alone. One that has not come to its trial yet and is not wanted
+    any more makes room."""
+    wanted = desired.assignments.get(record.line) if desired is not None else None
+    early = record.state in (State.CHECKING, State.FETCHING)
+    return not (early and run.update.wanted and wanted is not None and wanted.sha256 != run.update.wanted)
+
+
+async def spare(record: LineRecord, desired: Desired, update: Update) -> None:
+    """Let a stick that cannot take its place not cost a line what waits there for its trial, or was fetched in part.
+
+    Raises:
+        OtaError: `superseded`, or why what the stick wants may not run here; nothing changed.
+    """
+    line = record.line
+    if not record.pending_sha256:
+        return
+    if line in desired.refused:
+        raise desired.refused[line]
+    wanted = desired.assignments.get(line)
+    active = "" if record.active is None else record.active.release_sha256
+    if wanted is None or wanted.sha256 in (active, record.pending_sha256):
+        return
+    release, waiting = await update.acceptable(wanted), record.candidate
+    if waiting is not None and waiting.release_counter >= release.release_counter:
+        raise OtaError(
+            Reason.SUPERSEDED,
+            f"{line} {release.version} is not newer than {waiting.version}, which waits for its trial",
+            hint="edge-agent update tries what waits; edge-agent status shows it",
+            retry=True,
+        )
+
+
+def running(line: str) -> OtaError:
+    """What is told of a wish that an update in progress is in the way of."""
+    hint = f"wait for its end, or first: edge-agent update cancel {line}"
+    return OtaError(Reason.BUSY, f"an update of {line} is running", hint=hint, retry=True)
+
+
+def unsettled(line: str) -> OtaError:
+    """The same of an update that broke off."""
+    message = f"an update of {line} broke off and is not cleared up yet"
+    return OtaError(Reason.BUSY, message, hint="edge-agent update clears up; then again", retry=True)
 
 
 def cancelled(line: str) -> OtaError:

@@ -97,10 +97,11 @@ class Store:
             if self.has(plain_sha256):
                 try:
                     os.close(self._open(plain_sha256))
-                except StoreError:
-                    self._fs.remove(path_of(plain_sha256))
-                else:
                     return
+                except StoreError as e:
+                    if e.reason not in (Reason.PAYLOAD_CORRUPT, Reason.NOT_FOUND):
+                        raise  # a disk that does not answer now says nothing about the file
+                    self._fs.remove(path_of(plain_sha256))
             self._write(plain_sha256, length, memfd.chunks(fd))
 
     async def keep(self, fd: int, plain_sha256: str, length: int) -> None:
@@ -196,7 +197,6 @@ class Store:
                 self.admit(sealed_size(header.length), f"sealing {path} anew")
                 self._write(plain_sha256, header.length, _proved(pieces, plain_sha256, header.length))
             except PayloadError as e:
-                self._fs.remove(path + TEMPORARY_SUFFIX)
                 raise StoreError(Reason.PAYLOAD_CORRUPT, f"{path}: {e.message}", hint=_AGAIN) from e
             return True
 

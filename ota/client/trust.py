@@ -11,8 +11,6 @@ import datetime
 import re
 from collections.abc import Mapping
 
-from tuf.api.metadata import DelegatedRole, TargetFile, Targets
-
 from ota.client.desired import (
     Assignment,
     Desired,
@@ -26,6 +24,7 @@ from ota.client.desired import (
 )
 from ota.client.journal import Floor
 from ota.client.limits import Limits
+from ota.client.tufmetadata import DelegatedRole, TargetFile, Targets
 from ota.client.verify import DIRECTOR, absent, check_fresh, keys_digest, load, mismatch, verify
 from ota.client.workflow import Effect, FetchDesired, FetchMetadata, Steps, TopLevel, Trusted, Workflow
 from ota.errors import OtaError, Reason, TransferError, TrustError

@@ -130,6 +130,14 @@ class Update:
                 hint="publish a newer release",
             )
         candidate = self._candidate(release, [release.component(installed.component)])
+        for file in (candidate.component, release.golden):
+            if not await self._files.stored(file):
+                # no trial is counted for it: the device's disk is at fault
+                ledger.save(machine.CandidateWithdrawn())
+                message = f"{file.name} of the waiting {self._line} {release.version} is damaged or gone"
+                hint = "nothing to do: the next look fetches it again"
+                damaged = Reason.PAYLOAD_CORRUPT
+                return ledger.event(release.version, Outcome.FAILED, reason=damaged, message=message, hint=hint)
         try:
             try:
                 return await self._trial(candidate, machine.TrialResumed())
@@ -229,9 +237,9 @@ class Update:
     async def _end(self, error: OtaError) -> UpdateEvent:
         """Every bad end: journal it, put the serving release back if the candidate was live, say so."""
         ledger, record = self._ledger, self._ledger.record
-        version, state = record.pending_version, record.state
-        if self._assignment is not None:
-            version = version or self._assignment.version
+        # another release may be pending still when the assigned one is refused
+        version = record.pending_version if self._assignment is None else self._assignment.version
+        state = record.state
         outcome: Outcome | None = Outcome.FAILED
         try:
             # at rest nothing had begun: the waiting candidate found its accelerator in use

@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 
-from ota.client import machine, payloads
+from ota.client import machine, payloads, rivals
 from ota.client.configuration import Configuration
 from ota.client.desired import Assignment, Desired
 from ota.client.fetch import Inbox
@@ -30,12 +30,12 @@ from ota.client.policy import Gate
 from ota.client.ports import Candidate, Clock, DeviceKeys, Host, Identity, Transport, UpdateEvent
 from ota.client.repository import Repository
 from ota.client.rest import Rest
-from ota.client.rivals import Run, cancelled, check_other, expelled, outranked, postponed, stuck
+from ota.client.rivals import Run
 from ota.client.store import Store
 from ota.client.transports.stick import reach
 from ota.client.update import Update, put_back
 from ota.client.wishes import Wishes
-from ota.errors import OtaError, Reason, StoreError
+from ota.errors import OtaError, Reason
 
 MAIN = "main"
 SIDELOAD = "sideload"
@@ -140,9 +140,11 @@ class Updater:
             events.append(self._rest.device_event(self._journal.condition))
         for name in sorted(self.record.lines):
             try:
-                events += self._rest.settle(name)
-                events += await self._rest.check_active(name)
-            except StoreError as e:
+                # people are answered already: whoever came first has brought the line to rest
+                async with self.starting(name):
+                    events += self._rest.settle(name)
+                    events += await self._rest.check_active(name)
+            except OtaError as e:
                 events.append(self._rest.line_event(name, None, e))
             await asyncio.sleep(0)
         self._rest.collect()
@@ -189,13 +191,17 @@ class Updater:
             return [self._rest.device_event(e)]
         return await self._round(repository, (transport,), None, allow_expired)
 
+    def starting(self, line: str) -> AbstractAsyncContextManager[None]:
+        """Held while the host is brought to serve `active(line)`; whoever would change that waits. Raises `busy`."""
+        return self._writing(line, "start")
+
     async def serve(self, line: str) -> None:
         """Let the host serve the committed release of a line that it could not serve at the start.
 
         Raises:
-            OtaError: it does not serve; `busy` when that may be otherwise later.
+            OtaError: it does not serve.
         """
-        async with self._writing(line, "start"):
+        async with self.starting(line):
             await put_back(self._parts, line)
 
     async def rollback(self, line: str) -> UpdateEvent:
@@ -211,8 +217,8 @@ class Updater:
             return await self._rest.go_back(line, machine.OperatorRolledBack(), "")
 
     async def unfit(self, line: str, release_sha256: str, error: OtaError) -> UpdateEvent | None:
-        """Serve the previous release again because the committed one keeps failing in service, for the reason of
-        `error`; it is quarantined. An update under way that has not gone live makes room and is tried again later.
+        """Serve the previous release again because the committed one keeps failing in service with `error`; it is
+        quarantined. An update under way that has not gone live makes room and is tried again later.
 
         Returns:
             How it ended; None when that release is not the committed one any more, or does not serve now.
@@ -224,7 +230,7 @@ class Updater:
         if self._rest.line(line).state in LIVE or not self._rest.is_active(line, release_sha256):
             return None
         if (run := self._running.get(line)) is not None:
-            run.error = postponed(line)
+            run.error = rivals.postponed(line)
             await self._stop(line, run)
         async with self._writing(line, "rollback"):
             if not self._rest.is_active(line, release_sha256):
@@ -235,12 +241,14 @@ class Updater:
         """Lift the quarantine of a line's releases, because a person says so.
 
         Raises:
-            OtaError: `busy` while an update of the line runs.
+            OtaError: `busy` while an update of the line runs or is not cleared up yet.
             StoreError: the journal cannot be written.
         """
         self._refuse_busy(line)
         record = self._rest.line(line)
-        if record.state is State.IDLE and record.quarantine:
+        if record.state is not State.IDLE:
+            raise rivals.unsettled(line)
+        if record.quarantine:
             self._rest.save(record, machine.QuarantineLifted())
 
     async def cancel(self, line: str) -> bool:
@@ -249,7 +257,7 @@ class Updater:
         run = self._running.get(line)
         if run is None:
             return False
-        run.error = cancelled(line)
+        run.error = rivals.cancelled(line)
         await self._stop(line, run)
         return True
 
@@ -262,7 +270,9 @@ class Updater:
         run.task.cancel()
         _, pending = await asyncio.wait([run.task], timeout=self._limits.cancel_timeout_s)
         if pending:
-            raise stuck(line)
+            raise rivals.stuck(line)
+        if line in self._running:
+            return  # whoever took its place clears up behind it
         async with self._writing(line, "cancel"):
             if line not in self._running:
                 await self._rest.rest(line)
@@ -290,7 +300,7 @@ class Updater:
         if line is not None:
             names &= {line}
         elif repository is self._main:
-            names = {name for name in names if not self._goes_on(name, desired)}
+            names -= {n for n, run in self._running.items() if rivals.goes_on(run, self._rest.line(n), desired)}
         ended = await asyncio.gather(
             *(self._one(name, desired, transports, repository.name) for name in sorted(names)), return_exceptions=True
         )
@@ -305,19 +315,9 @@ class Updater:
 
     def _expel(self) -> None:
         for run in self._running.values():
-            run.error = expelled()
+            run.error = rivals.expelled()
             run.task.cancel()
         self._on_revoked()
-
-    def _goes_on(self, line: str, desired: Desired | None) -> bool:
-        """Whether a general look leaves the running update of `line` alone. One that has not come to its trial yet
-        and is not wanted any more makes room."""
-        run = self._running.get(line)
-        if run is None:
-            return False
-        wanted = desired.assignments.get(line) if desired is not None else None
-        early = self._rest.line(line).state in (State.CHECKING, State.FETCHING)
-        return not (early and run.update.wanted and wanted is not None and wanted.sha256 != run.update.wanted)
 
     async def _one(
         self, line: str, desired: Desired | None, transports: Sequence[Transport], source: str
@@ -333,7 +333,7 @@ class Updater:
         except OtaError as e:
             return self._rest.line_event(line, Outcome.FAILED, e, version)
         # from here on `cancel` finds the new one; it begins when the one before it has ended
-        task = asyncio.get_running_loop().create_task(self._advance(line, update, desired))
+        task = asyncio.get_running_loop().create_task(self._advance(line, update, desired, source))
         run = Run(task, update, source, version)
         self._running[line] = run
         task.add_done_callback(lambda _: self._forget(line, run))
@@ -353,11 +353,12 @@ class Updater:
             OtaError: the running one stays: `busy`, `superseded`, or why the contender may not run at all.
         """
         while (run := self._running.get(line)) is not None:
-            check_other(run, line, assignment.sha256 if assignment else None)
+            rivals.check_other(run, line, assignment.sha256 if assignment else None)
             if assignment is None:
                 return
             release = await update.acceptable(assignment)
-            error = outranked(run, release, latest_decides=source == run.source == MAIN)
+            update.wanted, update.counter = release.sha256, release.release_counter
+            error = rivals.outranked(run, release, latest_decides=source == run.source == MAIN)
             if self._running.get(line) is run:
                 run.error = error
                 run.task.cancel()
@@ -372,24 +373,28 @@ class Updater:
         limits = self._limits
         return self._locks.exclusive(f"line {line}", who, wait_s=limits.lock_wait_s, timeout_s=limits.update_timeout_s)
 
-    async def _advance(self, line: str, update: Update, desired: Desired | None) -> UpdateEvent:
+    async def _advance(self, line: str, update: Update, desired: Desired | None, source: str) -> UpdateEvent:
+        assignment = None if desired is None else desired.assignments.get(line)
         try:
             async with self._writing(line, "update"):
                 await self._rest.rest(line)
-                assignment = None if desired is None else desired.assignments.get(line)
                 candidate = self._rest.line(line).candidate
+                if source != MAIN and desired is not None:
+                    await rivals.spare(self._rest.line(line), desired, update)
+                    if assignment is not None and self._rest.is_active(line, assignment.sha256):
+                        return await update.run(assignment)
                 if candidate is not None:
                     if desired is None or (assignment and assignment.sha256 == candidate.release_sha256):
                         return await update.resume()
                     self._rest.save(self._rest.line(line), machine.CandidateWithdrawn())
-                if desired is not None and assignment is not None:
+                if assignment is not None:
                     return await update.run(assignment)
                 if desired is not None and line in desired.refused:
                     return await update.refuse(desired.refused[line])
                 return self._rest.line_event(line, Outcome.UP_TO_DATE, None)
         except OtaError as e:
-            return self._rest.line_event(line, Outcome.FAILED, e)
+            return self._rest.line_event(line, Outcome.FAILED, e, assignment.version if assignment else "")
 
     def _refuse_busy(self, line: str) -> None:
         if line in self._running:
-            raise OtaError(Reason.BUSY, f"an update of {line} is running", hint="wait, or cancel it", retry=True)
+            raise rivals.running(line)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import datetime
 import hashlib
+from collections.abc import Mapping
 from typing import Any, TypeVar
 
 from cryptography.exceptions import UnsupportedAlgorithm
@@ -17,9 +18,9 @@ from securesystemslib.exceptions import FormatError
 from securesystemslib.formats import encode_canonical
 from securesystemslib.signer import Key
 from tuf.api.exceptions import RepositoryError, UnsignedMetadataError
-from tuf.api.metadata import Metadata, Root, Signed, Snapshot, Targets, Timestamp
 
 from ota import strictjson
+from ota.client.tufmetadata import Metadata, Root, Signed, Snapshot, Targets, Timestamp
 from ota.errors import OtaError, Reason, TransferError, TrustError
 
 DIRECTOR = "director"
@@ -58,7 +59,7 @@ def load(kind: type[_S], what: str, data: bytes, limit: int) -> Metadata[_S]:
         # floats, for one; nobody can have signed it
         raise OtaError(Reason.BAD_JSON, f"{what} has no canonical form", hint="it was not made by edge-ota") from e
     except RepositoryError as e:
-        raise OtaError(Reason.BAD_JSON, f"{what}: {e}", hint="it was not made by edge-ota") from e
+        raise OtaError(Reason.BAD_JSON, f"{what}: {e.__cause__ or e}", hint="it was not made by edge-ota") from e
     if not isinstance(document.signed, kind):
         raise mismatch(f"{what}: a {document.signed.type} document in its place")
     if not whole:
@@ -85,7 +86,8 @@ def verify(delegator: Root | Targets, role: str, document: Metadata[Any], what: 
 
 
 def keys_digest(delegator: Root | Targets, role: str) -> str:
-    """One value per set of keys and threshold of `role`: what a version floor is bound to.
+    """One value per set of keys and threshold of `role`: what a version floor is bound to. A key id without a key
+    verifies nothing and counts for nothing.
 
     Raises:
         TrustError: `metadata_mismatch` when the role is not delegated; `bad_signature` when one key stands under two
@@ -93,13 +95,17 @@ def keys_digest(delegator: Root | Targets, role: str) -> str:
     """
     try:
         delegation = delegator.get_delegated_role(role)
-        keys = [delegator.get_key(keyid) for keyid in delegation.keyids]
     except ValueError as e:
         raise mismatch(f"nobody is entrusted with {role}: {e}") from e
-    public = sorted(_material(key) for key in keys)
+    known = delegator.keys if isinstance(delegator, Root) else _delegated_keys(delegator)
+    public = sorted(_material(known[keyid]) for keyid in delegation.keyids if keyid in known)
     if len(set(public)) != len(public):
         raise TrustError(Reason.BAD_SIGNATURE, f"{role}: one key stands under two key ids")
     return joined(str(delegation.threshold), *public)
+
+
+def _delegated_keys(delegator: Targets) -> Mapping[str, Key]:
+    return {} if delegator.delegations is None else delegator.delegations.keys
 
 
 def joined(*parts: str) -> str:
@@ -128,7 +134,7 @@ def rollback(role: str, version: int, floor: int) -> TrustError:
     return TrustError(
         Reason.METADATA_ROLLBACK,
         f"{role} version {version} where {floor} was due",
-        hint="an old copy was replayed, or the repository was restored from a backup: publish again",
+        hint="an old copy is being replayed; after a restore: edge-ota rotate REPO snapshot, timestamp and director",
     )
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import replace
 
 from ota.client.desired import Desired
 from ota.client.ledger import Parts
@@ -48,7 +49,10 @@ class Wishes:
             refreshed = await repository.refresh(
                 transports, self._parts.identity.device, self._clock(), allow_expired=allow_expired
             )
-        self._parts.emit(UpdateEvent(DEVICE, "", State.CHECKING.value, traffic=Traffic(refreshed.metadata_bytes)))
+        event = UpdateEvent(DEVICE, "", State.CHECKING.value, traffic=Traffic(refreshed.metadata_bytes))
+        if (wrong := refreshed.passed_over) is not None:
+            event = replace(event, reason=wrong.reason, message=wrong.message, hint=wrong.hint)
+        self._parts.emit(event)
         desired = refreshed.desired
         if desired.revoked and not self.revoked:
             if desired.revoked_keys and not desired.revoked_keys & self._parts.keys.hpke.keys():

@@ -16,10 +16,10 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from tuf.api.exceptions import LengthOrHashMismatchError
-from tuf.api.metadata import Metadata, MetaFile, Root, Snapshot, TargetFile, Targets, Timestamp
 
 from ota.client.journal import Floor
 from ota.client.limits import Limits
+from ota.client.tufmetadata import Metadata, MetaFile, Root, Snapshot, TargetFile, Targets, Timestamp
 from ota.client.verify import absent, check_fresh, joined, keys_digest, load, mismatch, rollback, verify
 from ota.errors import OtaError, Reason, RootUnreachable, TransferError, TrustError
 

@@ -5,6 +5,7 @@ Invariants: lines are only ever added; no secret stands in one. It is a record f
 
 from __future__ import annotations
 
+import errno
 import getpass
 import os
 from typing import Any
@@ -31,9 +32,14 @@ def record(repository: Repository, action: str, device: str, **facts: Any) -> No
     line = strictjson.canonical({"time": moment, "action": action, "device": device, "by": _operator(), **facts})
     path = repository.path / FILE
     try:
+        if not path.exists():
+            files.write_atomic(path, b"", files.SECRET_MODE)  # its name is to last as well
         fd = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, files.SECRET_MODE)
         try:
-            os.write(fd, line + b"\n")
+            before = os.fstat(fd).st_size
+            if os.write(fd, line + b"\n") != len(line) + 1:
+                os.ftruncate(fd, before)  # the next line would become part of half a one
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             os.fsync(fd)
         finally:
             os.close(fd)

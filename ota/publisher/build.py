@@ -26,6 +26,8 @@ from ota.release import COMPONENT_PATTERN, MAX_PAYLOAD_BYTES, Component, Delta, 
 
 # What a device's worker reads at most.
 _MAX_GOLDEN_BYTES = 64 << 20
+# A counter never goes down again; this one is above any date that somebody may count by.
+_MAX_COUNTER = 1 << 52
 # Deltas of one component stay within what release.json may list.
 _MAX_DELTAS = 16
 
@@ -67,7 +69,8 @@ def build_release(
 
     Raises:
         PublishError: `bad_spec`, `not_found` for a model or an image, `release_exists` for a signed version,
-            `counter_rollback`, `key_missing`, `busy`, `io_error`, `no_space`; whatever the recorder raises.
+            `counter_rollback`, `bad_usage` for a counter that is too high, `key_missing`, `busy`, `io_error`,
+            `no_space`; whatever the recorder raises.
     """
     with repository.locked():
         _refuse_published(repository, spec)
@@ -103,6 +106,10 @@ def _counter(earlier: Sequence[Release], wanted: int | None) -> int:
             Reason.COUNTER_ROLLBACK,
             f"counter {wanted} is not above the line's last, {last}",
             hint=f"leave --counter out, or use {last + 1} or more",
+        )
+    if wanted > _MAX_COUNTER:
+        raise PublishError(
+            Reason.BAD_USAGE, f"counter {wanted} leaves no room for releases after it", hint="leave --counter out"
         )
     return wanted
 

@@ -87,15 +87,37 @@ class Authority:
         """Make the authority's key and its self-signed certificate."""
         key = ec.generate_private_key(ec.SECP256R1())
         name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, f"edge-ota {tenant}")])
-        certificate = (
-            _builder(name, name, key.public_key(), now, days)
-            .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
-            .add_extension(_usage(sign_certificates=True), critical=True)
-            .add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
-            .sign(key, hashes.SHA256())
-        )
         self._keys.store("ca.key", private_pem(key))
-        files.write_atomic(self._keys.directory / "ca.pem", _pem(certificate))
+        files.write_atomic(self._keys.directory / "ca.pem", _pem(_self_signed(key, name, now, days)))
+
+    def renew(self, now: datetime, days: int) -> x509.Certificate:
+        """Make a later certificate of the same key and name: whatever was issued is valid under either of the two.
+
+        Raises:
+            PublishError: `key_missing`; `bad_spec` when it would end no later than the present one.
+        """
+        present = self.certificate()
+        key = self._keys.load("ca.key", ec.EllipticCurvePrivateKey)
+        later = _self_signed(key, present.subject, now, days)
+        if later.not_valid_after_utc <= present.not_valid_after_utc:
+            raise PublishError(
+                Reason.BAD_SPEC,
+                f"the authority's certificate is valid until {present.not_valid_after_utc:%Y-%m-%d} already",
+                hint="ca_days in repo.toml says for how long the next one is",
+            )
+        files.write_atomic(self._keys.directory / "ca.pem", _pem(later))
+        return later
+
+    def ends(self) -> dict[str, datetime]:
+        """When each certificate that lies among the keys ends: those of `ca`, `broker`, the listener, and identities.
+
+        Raises:
+            PublishError: `unsafe_file` for one that cannot be read.
+        """
+        found = {path.stem for path in self._keys.directory.glob("*.pem")}
+        stems = [stem for stem in ("ca", "broker", LISTENER_NAME) if stem in found]
+        stems += sorted(stem for stem in found if _IDENTITY_PATTERN.fullmatch(stem))
+        return {stem: self._load(f"{stem}.pem").not_valid_after_utc for stem in stems}
 
     def certificate(self) -> x509.Certificate:
         """The authority's own certificate.
@@ -209,9 +231,17 @@ class Authority:
     ) -> x509.Certificate:
         issuer = self.certificate()
         authority_key = self._keys.load("ca.key", ec.EllipticCurvePrivateKey)
+        # nobody accepts it any longer than its issuer's: who goes by its end must see the true one
+        end = min(now + timedelta(days=days), issuer.not_valid_after_utc)
+        if end <= now:
+            raise PublishError(
+                Reason.CERTIFICATE_EXPIRED,
+                f"the authority's certificate ended on {end:%Y-%m-%d}",
+                hint="edge-ota renew-ca REPO; devices that do not have the new one yet need a bundle by hand",
+            )
         builder = (
             _builder(
-                x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, common_name)]), issuer.subject, public_key, now, days
+                x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, common_name)]), issuer.subject, public_key, now, end
             )
             .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
             .add_extension(_usage(sign_certificates=False), critical=True)
@@ -262,8 +292,18 @@ def _pem(certificate: x509.Certificate) -> bytes:
     return certificate.public_bytes(serialization.Encoding.PEM)
 
 
+def _self_signed(key: ec.EllipticCurvePrivateKey, name: x509.Name, now: datetime, days: int) -> x509.Certificate:
+    return (
+        _builder(name, name, key.public_key(), now, now + timedelta(days=days))
+        .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
+        .add_extension(_usage(sign_certificates=True), critical=True)
+        .add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
+        .sign(key, hashes.SHA256())
+    )
+
+
 def _builder(
-    subject: x509.Name, issuer: x509.Name, public_key: ec.EllipticCurvePublicKey, now: datetime, days: int
+    subject: x509.Name, issuer: x509.Name, public_key: ec.EllipticCurvePublicKey, now: datetime, end: datetime
 ) -> x509.CertificateBuilder:
     return (
         x509.CertificateBuilder()
@@ -272,7 +312,7 @@ def _builder(
         .public_key(public_key)
         .serial_number(x509.random_serial_number())
         .not_valid_before(now - _BACKDATE)
-        .not_valid_after(now + timedelta(days=days))
+        .not_valid_after(end)
     )
 
 

@@ -34,6 +34,8 @@ from ota.publisher.arguments import Parser, address, listening_address, seconds,
 from ota.publisher.certificates import DEFAULT_BROKER_NAMES, SERVICE_NAME
 from ota.publisher.configure import add_configure_verb
 from ota.publisher.create import create
+from ota.publisher.garbage import add_garbage_verb
+from ota.publisher.publish import Published
 from ota.publisher.recorder import Recorder
 from ota.publisher.reports import Add, Report, Surroundings, Verb, device_data, release_data, release_lines
 from ota.publisher.repository import Clock, Repository, system_clock
@@ -103,7 +105,8 @@ def _init(arguments: argparse.Namespace, around: Surroundings) -> Report:
             f"repository {repository.path} for tenant {repository.tenant}",
             f"  broker: {tls.ca.name}, {tls.certificate.name} and {tls.key.name} in {tls.ca.parent}, "
             f"valid for {', '.join(repository.authority.broker_names())}",
-            "  keep root-*.pem and targets.pem elsewhere, of sticks/keys too: they sign new roots and new lines only",
+            "  keep root-*.pem and targets.pem elsewhere, of sticks/keys too: they sign new roots and new lines; "
+            "publish asks for them in time",
             f"next: edge-ota release {repository.path} --spec FILE",
         ),
     )
@@ -131,9 +134,9 @@ def _publish(arguments: argparse.Namespace, around: Surroundings) -> Report:
         )
     pairs = list(zip(names[::2], names[1::2], strict=True))
     signed = publish.publish(repository, pairs or None)
-    renewed = director.renew(repository)
+    renewed, missed, status = _renew_desired(repository)
     lines = [f"{r.line} {r.version} signed, counter {r.release_counter}" for r in signed.releases]
-    lines += [] if lines else ["nothing was waiting to be signed"]
+    lines += [] if lines or signed.unsigned else ["nothing was waiting to be signed"]
     lines += [f"desired.json of {len(renewed)} devices renewed"] if renewed else []
     lines.append(f"timestamp {signed.roles['timestamp']} is valid until {signed.timestamp_expires:%Y-%m-%d %H:%M} UTC")
     hint = hints.tell(
@@ -148,9 +151,31 @@ def _publish(arguments: argparse.Namespace, around: Surroundings) -> Report:
             "hinted": list(hint.lines),
         },
         (*lines, *hint.told),
-        hint.warnings,
-        hint.status,
+        (*_missing_keys(repository, signed), *missed, *keyverbs.ending(repository), *hint.warnings),
+        exit_code(Reason.KEY_MISSING) if signed.unsigned else status or hint.status,
     )
+
+
+def _renew_desired(repository: Repository) -> tuple[list[director.Desired], list[str], int]:
+    """What was renewed for devices; or a warning and an exit status why not all was, the rest being signed."""
+    try:
+        return director.renew(repository), [], 0
+    except OtaError as e:
+        warning = f"not every desired.json could be renewed: {e.message}" + (f"; {e.hint}" if e.hint else "")
+        return [], [warning], exit_code(e.reason)
+
+
+def _missing_keys(repository: Repository, signed: Published) -> list[str]:
+    """What a person has to bring keys for: now, or before it expires."""
+
+    def bring(name: str) -> str:
+        return f"bring {repository.keys.directory / name}.pem and publish again"
+
+    advice = {"root": f"bring the root keys and replace one: edge-ota rotate {repository.path} root-1"}
+    told = [f"{line} {version} is not signed: {bring(key)}" for (line, version), key in signed.unsigned.items()]
+    for name, expires in signed.waiting.items():
+        told.append(f"{name} expires on {expires:%Y-%m-%d} and has to be signed anew: {advice.get(name, bring(name))}")
+    return told
 
 
 def _grant(arguments: argparse.Namespace, around: Surroundings) -> Report:
@@ -276,6 +301,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_releases(add)
     _add_fleet(add)
     add_rollback_verb(add)
+    add_garbage_verb(add)
     add_stick_verbs(add)
     deviceverbs.add_device_verbs(add)
     add_configure_verb(add)

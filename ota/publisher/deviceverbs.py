@@ -182,7 +182,7 @@ def _expel(arguments: argparse.Namespace, around: Surroundings, *, decommission:
         },
         (
             f"{arguments.device} is {what}: no grants, no renewal, {done.certificates} certificates revoked",
-            f"  install {done.crl} as the broker's crlfile and let it reload: systemctl reload mosquitto",
+            f"  install {done.crl} as the broker's crlfile and restart it: systemctl restart mosquitto",
             f"  desired.json {done.desired_version} tells the device to wipe its keys when it next asks",
             *hint.told,
         ),
@@ -211,7 +211,8 @@ def _replace(arguments: argparse.Namespace, around: Surroundings) -> Report:
         (
             f"{device.device} is another board now, certificate valid until {device.certificate_expires}",
             f"  bundle for the board: {arguments.out}",
-            f"  install {repository.path / REVOKED_LIST} as the broker's crlfile and let it reload",
+            f"  install {repository.path / REVOKED_LIST} as the broker's crlfile and restart it: "
+            "systemctl restart mosquitto",
         ),
     )
 

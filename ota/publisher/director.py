@@ -16,13 +16,17 @@ from typing import Any
 from tuf.api.metadata import Metadata, TargetFile, Targets
 
 from ota import payload
-from ota.errors import PublishError, Reason
+from ota.client.limits import Limits
+from ota.client.trust import MAX_ASSIGNMENTS
+from ota.errors import OtaError, PublishError, Reason
 from ota.publisher import files, wanted
 from ota.publisher.enroll import Device, load_device, revoked_error, store_device
-from ota.publisher.publish import check_signed, is_signed, past_half
+from ota.publisher.publish import check_signed, check_size, is_signed, past_half
 from ota.publisher.repository import Listed, Repository, load_metadata
 from ota.publisher.vault import Vault
 from ota.release import Release
+
+_MAX_BYTES = Limits().desired_max_bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,8 +44,8 @@ def grant(repository: Repository, device: str, line: str, version: str) -> Desir
     """Let `device` run a published release: it replaces the one it had of that line, other lines stay.
 
     Raises:
-        PublishError: `unknown_device`, `device_revoked`, `unknown_release`, `key_missing`, `busy`, `io_error`,
-            `no_space`.
+        PublishError: `unknown_device`, `device_revoked`, `unknown_release`, `metadata_too_large` for more than a
+            device takes, `key_missing`, `busy`, `io_error`, `no_space`.
     """
     with repository.locked():
         enrolled = load_device(repository, device)
@@ -95,23 +99,36 @@ def expel(repository: Repository, device: Device) -> Desired:
 
 
 def renew(repository: Repository, *, everything: bool = False, only: str | None = None) -> list[Desired]:
-    """Sign anew every document that is past half of its life, or signed by a key that was replaced.
+    """Sign anew every document that is past half of its life, or signed by a key that was replaced, or whose grants are
+    for a key that the device has replaced: it does not keep older keys for ever.
 
     Args:
         everything: also those that are not.
         only: look at this device alone.
+
+    Raises:
+        OtaError: the first cause for which a document could not be signed; all others were all the same.
     """
     with repository.locked():
-        renewed = []
+        renewed: list[Desired] = []
+        failure: OtaError | None = None
         delegator = repository.targets().signed
         now, days = repository.now(), repository.settings.desired_days
         for device in [only] if only is not None else list(repository.devices()):
-            current = _current(repository, device)
-            if current is None:
+            try:
+                current = _current(repository, device)
+                if current is None:
+                    continue
+                due = past_half(current.signed.expires, days, now) or not is_signed(delegator, "director", current)
+                known = load_device(repository, device)
+                due = due or (bool(known.former_hpke) and not known.revoked)
+                signed = resign(repository, device) if everything or due else None
+            except OtaError as e:
+                failure = failure or e  # one damaged record must not cost the whole fleet its documents
                 continue
-            due = past_half(current.signed.expires, days, now) or not is_signed(delegator, "director", current)
-            signed = resign(repository, device) if everything or due else None
             renewed += [signed] if signed is not None else []
+        if failure is not None:
+            raise failure
         return renewed
 
 
@@ -121,6 +138,12 @@ def _current(repository: Repository, device: str) -> Metadata[Targets] | None:
 
 
 def _sign(repository: Repository, device: Device, releases: Sequence[Listed]) -> Desired:
+    if len(releases) > MAX_ASSIGNMENTS:
+        raise PublishError(
+            Reason.METADATA_TOO_LARGE,
+            f"{device.device} would run {len(releases)} lines, and a device takes {MAX_ASSIGNMENTS}",
+            hint="nothing was signed; put several models into one line",
+        )
     current = _current(repository, device.device)
     version = max(device.desired_version, current.signed.version if current is not None else 0) + 1
     settings = wanted.stored(repository, device.device)
@@ -143,9 +166,12 @@ def _sign(repository: Repository, device: Device, releases: Sequence[Listed]) ->
     metadata = Metadata(document)
     metadata.sign(repository.keys.signer("director"))
     check_signed(repository.targets().signed, "director", metadata)
-    # from now on no grant is for the key before
-    store_device(repository, replace(device, desired_version=version, former_hpke=b""))
-    files.write_atomic(repository.desired_path(device.device), metadata.to_bytes())
+    data = metadata.to_bytes()
+    check_size(f"device {device.device}", len(data), _MAX_BYTES, "shorten its settings, or grant fewer lines")
+    # from now on no grant is for the key before; the board that is expelled may know itself by that one alone
+    former = device.former_hpke if device.revoked else b""
+    store_device(repository, replace(device, desired_version=version, former_hpke=former))
+    files.write_atomic(repository.desired_path(device.device), data)
     return Desired(device.device, version, document.expires, tuple(releases), len(grants))
 
 

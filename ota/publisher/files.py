@@ -11,7 +11,7 @@ import fcntl
 import os
 import stat
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
@@ -69,21 +69,42 @@ def write_atomic(path: Path, data: bytes, mode: int = PUBLIC_MODE) -> None:
 
 def write_new(path: Path, data: bytes) -> None:
     """Write a file that does not exist yet, on whatever file system a stick has: without a temporary name, and
-    without modes, which FAT does not take. Durable when this returns; a cut before leaves nothing, or a part.
+    without modes, which FAT does not take. Durable when this returns, with the directories that it needed; a cut
+    before leaves nothing, or a part.
 
     Raises:
-        PublishError: `io_error` or `no_space`.
+        PublishError: `io_error` or `no_space`; the file is gone again if the stick allows.
     """
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        missing = [parent for parent in path.parents if not parent.is_dir()]
+        for parent in reversed(missing):
+            parent.mkdir()
+            _sync_directory(parent.parent, anywhere=True)
         fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, PUBLIC_MODE)
-        with os.fdopen(fd, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(fd)
-        _sync_directory(path.parent)
+        try:
+            with os.fdopen(fd, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(fd)
+            _sync_directory(path.parent, anywhere=True)
+        except BaseException:
+            with suppress(OSError):
+                path.unlink()
+            raise
     except OSError as e:
         raise _io_error(f"cannot write {path}", e) from e
+
+
+def take_back(paths: Sequence[Path], root: Path) -> None:
+    """Remove files that `write_new` wrote below `root`, which was empty, and the directories that it made, as far as
+    the stick allows; `root` itself stays."""
+    for path in paths:
+        with suppress(OSError):
+            path.unlink()
+    for folder, _, _ in os.walk(root, topdown=False):
+        if Path(folder) != root:
+            with suppress(OSError):
+                os.rmdir(folder)
 
 
 @contextmanager
@@ -99,11 +120,11 @@ def new_file(path: Path) -> Iterator[BinaryIO]:
                 yield file
                 file.flush()
                 os.fsync(file.fileno())
+                _sync_directory(path.parent, anywhere=True)
             except BaseException:
                 with suppress(OSError):
                     path.unlink()
                 raise
-        _sync_directory(path.parent)
     except OSError as e:
         raise _io_error(f"cannot write {path}", e) from e
 
@@ -225,10 +246,14 @@ def locked(path: Path) -> Iterator[None]:
         os.close(fd)
 
 
-def _sync_directory(path: Path) -> None:
+def _sync_directory(path: Path, *, anywhere: bool = False) -> None:
+    """`anywhere`: also on a share of another machine, which may know no such thing for directories."""
     fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         os.fsync(fd)
+    except OSError as e:
+        if not anywhere or e.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
     finally:
         os.close(fd)
 

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import ipaddress
 import itertools
-import json
 import socket
 import ssl
 import threading
@@ -19,42 +19,23 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import timedelta
-from http.server import BaseHTTPRequestHandler
 from typing import Any, TypeVar
 
 from ota import enrolment, strictjson
-from ota.errors import OtaError, PublishError, Reason
+from ota.errors import PublishError, Reason
 from ota.pace import TokenBucket
 from ota.publisher import renewal, revocation, tokens
 from ota.publisher.certificates import certificate_pem
+from ota.publisher.conversation import Conversation, refusal
 from ota.publisher.enroll import Places, request_from
 from ota.publisher.repository import Repository
 
 _T = TypeVar("_T")
 
-_STATUS = {
-    Reason.TOKEN_UNKNOWN: 403,
-    Reason.TOKEN_USED: 403,
-    Reason.TOKEN_EXPIRED: 403,
-    Reason.TOKEN_OTHER_DEVICE: 403,
-    Reason.BAD_PROOF: 403,
-    Reason.DEVICE_REVOKED: 403,
-    Reason.CERTIFICATE_EXPIRED: 403,
-    Reason.UNKNOWN_DEVICE: 404,
-    Reason.NOT_FOUND: 404,
-    Reason.DEVICE_EXISTS: 409,
-    Reason.TOO_MANY_ATTEMPTS: 429,
-    Reason.BUSY: 503,
-    Reason.KEY_MISSING: 503,
-    Reason.IO_ERROR: 503,
-    Reason.NO_SPACE: 503,
-    Reason.STATE_CORRUPT: 503,
-}
 _ENROLL_FIELDS = {"version", "token", "device", "csr", "hpke_public"}
 _RENEW_FIELDS = {"version", "device", "certificate", "nonce", "csr", "hpke_public", "signature"}
 _BUSY_WAIT_S = 5.0
 _REMEMBERED = 4096
-_THROWN_AWAY_BYTES = 256 * 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +43,8 @@ class Bounds:
     """What the listener spends on strangers.
 
     Attributes:
-        connections, address_connections: at the same time, and of these from one address; one more is closed unread.
+        connections, address_connections: at the same time, and of these from one address (in IPv6 one /64);
+            one more is closed unread.
         read_timeout_s: between two bytes. total_s: for a whole connection.
         address_burst, address_per_s: attempts of one address; device_burst, device_per_s: certificates of one device.
     """
@@ -105,7 +87,7 @@ class Registrar:
             OtaError: it is refused; the reason and the hint are what the device is told.
         """
         bounds = self._bounds
-        self._admit(self._addresses, address, bounds.address_per_s, bounds.address_burst, f"address {address}")
+        self._admit(self._addresses, _origin(address), bounds.address_per_s, bounds.address_burst, f"address {address}")
         match method, path:
             case "GET", "/ca":
                 return {"version": enrolment.VERSION, "ca": certificate_pem(self._repository.authority.certificate())}
@@ -134,7 +116,8 @@ class Registrar:
             if e.reason is not Reason.DEVICE_REVOKED:
                 raise
             return {**refusal(e), "evidence": revocation.evidence(self._repository, str(fields["device"])) or {}}
-        return {"version": enrolment.VERSION, "certificate": renewed.certificate, "kid": renewed.device.kid}
+        ca = certificate_pem(self._repository.authority.certificate())
+        return {"version": enrolment.VERSION, "certificate": renewed.certificate, "kid": renewed.device.kid, "ca": ca}
 
     def _spend(self, device: str) -> None:
         bounds = self._bounds
@@ -174,17 +157,6 @@ class Registrar:
             self._writing.release()
 
 
-def refusal(error: OtaError) -> dict[str, Any]:
-    """An error as a device reads it."""
-    return {
-        "version": enrolment.VERSION,
-        "error": error.reason.value,
-        "message": error.message,
-        "hint": error.hint,
-        "retry": error.retry,
-    }
-
-
 def _object(body: bytes, wanted: set[str], what: str) -> dict[str, Any]:
     fields = strictjson.loads(body, max_bytes=enrolment.MAX_BODY_BYTES, what=what)
     if not isinstance(fields, dict) or fields.keys() != wanted or fields["version"] != enrolment.VERSION:
@@ -197,62 +169,10 @@ def _object(body: bytes, wanted: set[str], what: str) -> dict[str, Any]:
 # --- sockets ---------------------------------------------------------------------------------------------------------
 
 
-class _Handler(BaseHTTPRequestHandler):
-    """One connection, one request."""
-
-    protocol_version = "HTTP/1.0"
-    server_version, sys_version = "edge-ota", ""
-
-    def __init__(self, sock: ssl.SSLSocket, address: Any, registrar: Registrar, say: Callable[[str], None]) -> None:
-        self._registrar = registrar
-        self._say = say
-        super().__init__(sock, address, None)  # type: ignore[arg-type]
-
-    def do_GET(self) -> None:
-        """See `Registrar`."""
-        self._answer(b"")
-
-    def do_POST(self) -> None:
-        """See `Registrar`."""
-        length = self.headers.get("Content-Length", "")
-        if not (length.isascii() and length.isdigit() and len(length) < 9):
-            self._refuse(PublishError(Reason.BAD_REQUEST, "a request needs a Content-Length", hint="update the agent"))
-        elif int(length) > enrolment.MAX_BODY_BYTES:
-            too_large = f"{length} bytes, more than the {enrolment.MAX_BODY_BYTES} allowed"
-            # read and thrown away, as far as it is worth it: who is still sending does not hear an answer
-            self.rfile.read(min(int(length), _THROWN_AWAY_BYTES))
-            self._refuse(PublishError(Reason.BAD_REQUEST, too_large, hint="update the agent"))
-        else:
-            self._answer(self.rfile.read(int(length)))
-
-    def _answer(self, body: bytes) -> None:
-        try:
-            answer = self._registrar.answer(self.client_address[0], self.command, self.path, body)
-        except OtaError as e:
-            self._refuse(e)
-        else:
-            self._send(200 if "error" not in answer else 403, answer)
-
-    def _refuse(self, error: OtaError) -> None:
-        self._say(f"{self.client_address[0]} {self.command} {self.path[:40]!r}: {error.message} [{error.reason.value}]")
-        self._send(_STATUS.get(error.reason, 400), refusal(error))
-
-    def _send(self, status: int, fields: Mapping[str, Any]) -> None:
-        data = json.dumps(fields).encode() + b"\n"
-        self.send_response(status)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(data)))
-        self.end_headers()
-        self.wfile.write(data)
-
-    def log_message(self, format: str, *args: Any) -> None:
-        """What is worth telling is told in `_refuse`."""
-
-
 @dataclass(slots=True)
 class _Talk:
     sock: socket.socket
-    address: str
+    origin: str
     until_s: float
 
 
@@ -328,14 +248,20 @@ class Listener:
             # not the descriptor: it is another connection's as soon as this one is closed
             number = next(self._numbers)
             with self._lock:
-                theirs = sum(talk.address == address[0] for talk in self._open.values())
+                origin = _origin(address[0])
+                theirs = sum(talk.origin == origin for talk in self._open.values())
                 full = len(self._open) >= self.bounds.connections or theirs >= self.bounds.address_connections
                 if not full:
-                    self._open[number] = _Talk(sock, address[0], time.monotonic() + self.bounds.total_s)
+                    self._open[number] = _Talk(sock, origin, time.monotonic() + self.bounds.total_s)
             if full:
                 sock.close()
                 continue
-            threading.Thread(target=self._serve, args=(sock, address, number), daemon=True).start()
+            try:
+                threading.Thread(target=self._serve, args=(sock, address, number), daemon=True).start()
+            except RuntimeError:  # no thread to be had: the next connection may get one
+                with self._lock:
+                    self._open.pop(number, None)
+                sock.close()
 
     def _serve(self, sock: socket.socket, address: Any, number: int) -> None:
         try:
@@ -344,7 +270,7 @@ class Listener:
                 with self._lock:
                     self._open[number].sock = secured
                 secured.do_handshake()
-                _Handler(secured, address, self.registrar, self.say)
+                Conversation(secured, address, self.registrar.answer, self.say)
         except OSError:
             pass  # a stranger's connection that ended, timed out or spoke no TLS
         finally:
@@ -358,6 +284,17 @@ class Listener:
             for talk in self._open.values():
                 if now >= talk.until_s:
                     _hang_up(talk.sock)
+
+
+def _origin(address: str) -> str:
+    """Whom an address counts for: one subscriber has a whole /64 of IPv6."""
+    try:
+        known = ipaddress.ip_address(address)
+    except ValueError:
+        return address
+    if known.version == 4:
+        return address
+    return str(known.ipv4_mapped or ipaddress.ip_network((int(known), 64), strict=False))
 
 
 def _hang_up(sock: socket.socket) -> None:

@@ -24,6 +24,7 @@ from tuf.api.metadata import (
     Timestamp,
 )
 
+from ota.client.limits import Limits
 from ota.errors import PublishError, Reason
 from ota.publisher import files
 from ota.publisher.keys import release_role
@@ -31,15 +32,22 @@ from ota.publisher.repository import Repository
 from ota.release import Release, target_name
 
 ALLOW_ROLLBACK_TO = "allow_rollback_to"
+_MAX_BYTES = Limits().targets_max_bytes
+# of root keys, which people have to meet for
+_ROOT_NOTICE = timedelta(days=90)
 
 
 @dataclass(frozen=True, slots=True)
 class Published:
-    """What one run signed. `roles` maps each newly signed role to its version."""
+    """What one run signed. `roles` maps each newly signed role to its version; `waiting` has what ought to be signed
+    anew by a key that is not here, by its role, with the day on which it expires; `unsigned` are releases that were not
+    named and stay prepared, by line and version, with the name of the key that is not here."""
 
     releases: tuple[Release, ...]
     roles: dict[str, int]
     timestamp_expires: datetime
+    waiting: dict[str, datetime]
+    unsigned: dict[tuple[str, str], str]
 
 
 def meta_file(version: int, data: bytes) -> MetaFile:
@@ -57,24 +65,31 @@ def publish(
     """Sign prepared releases and a new timestamp; without any prepared release the timestamp is renewed alone.
 
     Args:
-        wanted: (line, version) pairs, or None for everything prepared.
+        wanted: (line, version) pairs, or None for everything prepared whose keys are here.
         rekey: a delegated role that is to be delegated to its present key alone.
         back_to: a line with releases, and the lowest counter that its devices may go back to; 0 for none.
 
     Raises:
-        PublishError: `unknown_release`, `key_missing`, `busy`, `io_error`, `no_space`.
+        PublishError: `unknown_release`, `key_missing`, `metadata_too_large`, `busy`, `io_error`, `no_space`.
     """
     with repository.locked():
         chosen = _choose(repository, wanted)
         pending = _Pending(repository)
-        for release in chosen:
-            pending.add(release)
+        unsigned: dict[tuple[str, str], str] = {}
+        for release in tuple(chosen):
+            key = pending.missing_key(release)
+            if key is not None and wanted is None:
+                # most of all the timestamp must not wait for it
+                unsigned[release.line, release.version] = key
+                chosen.remove(release)
+            else:
+                pending.add(release)
         if rekey is not None:
             pending.rekey(rekey)
         if back_to is not None:
             pending.allow_back(*back_to)
         pending.renew()
-        result = Published(tuple(chosen), pending.versions, pending.sign_and_write())
+        result = Published(tuple(chosen), pending.versions, pending.sign_and_write(), pending.waiting, unsigned)
         for release in chosen:
             discard_prepared(repository, release.line, release.version)
         return result
@@ -108,6 +123,13 @@ class _Pending:
         self._snapshot_due = False
         self._target_files: dict[str, Release] = {}
         self.versions: dict[str, int] = {}
+        self.waiting: dict[str, datetime] = {}
+
+    def missing_key(self, release: Release) -> str | None:
+        """The name of a key that `add` and signing would miss."""
+        # a new line's own key is made on the way
+        name = release_role(release.line) if release.line in self._roles else "targets"
+        return None if self._repository.keys.has(name) else name
 
     def add(self, release: Release) -> None:
         """List `release` in its line's role; a new line is delegated first."""
@@ -147,22 +169,36 @@ class _Pending:
         """Mark what is past half of its life, or signed by a key that was replaced."""
         now, limits = self._repository.now(), self._repository.settings
         targets = self._targets
-        if past_half(targets.signed.expires, limits.targets_days, now) or not is_signed(self._root, "targets", targets):
+        if self._ages("targets", targets, limits.targets_days) or not is_signed(self._root, "targets", targets):
             self._change("targets", targets, limits.targets_days)
         for line, role in self._roles.items():
             name = release_role(line)
-            if past_half(role.signed.expires, limits.release_days, now) or not is_signed(targets.signed, name, role):
+            if self._ages(name, role, limits.release_days) or not is_signed(targets.signed, name, role):
                 self._change(name, role, limits.release_days)
+        if self._root.expires - now < _ROOT_NOTICE:
+            self.waiting["root"] = self._root.expires
         self._snapshot_due = past_half(self._snapshot.signed.expires, limits.snapshot_days, now) or not is_signed(
             self._root, "snapshot", self._snapshot
         )
+
+    def _ages(self, name: str, role: Metadata[Targets], days: int) -> bool:
+        """Whether to renew what is past half of its life. A key that is kept elsewhere holds up nothing else, the
+        timestamp least of all: what it signed is good for the other half."""
+        if name in self._changed or not past_half(role.signed.expires, days, self._repository.now()):
+            return False
+        if self._repository.keys.has(name):
+            return True
+        self.waiting[name] = role.signed.expires
+        return False
 
     def sign_and_write(self) -> datetime:
         """Sign everything first, then write; returns when the new timestamp expires."""
         repository, limits = self._repository, self._repository.settings
         documents: list[tuple[str, int, bytes]] = []
         for name, role in self._changed.items():
-            documents.append((name, role.signed.version, self._sign(name, role)))
+            data = self._sign(name, role)
+            check_size(name, len(data), _MAX_BYTES)
+            documents.append((name, role.signed.version, data))
         snapshot = self._snapshot.signed
         if documents or self._snapshot_due:
             snapshot.version += 1
@@ -221,8 +257,24 @@ def is_signed(delegator: Root | Targets, name: str, metadata: _Online) -> bool:
     return delegator.get_verification_result(name, metadata.signed_bytes, metadata.signatures).verified
 
 
-def check_signed(delegator: Root | Targets, name: str, metadata: _Online) -> None:
-    """What was signed has to verify for a client, before it is written.
+def check_size(name: str, length: int, max_bytes: int, way_out: str = "spread the releases over more lines") -> None:
+    """What a device would not read is not written.
+
+    Raises:
+        PublishError: `metadata_too_large`.
+    """
+    if length > max_bytes:
+        raise PublishError(
+            Reason.METADATA_TOO_LARGE,
+            f"the signed document of {name} would have {length} bytes, and a device reads {max_bytes}",
+            hint=f"nothing was signed; {way_out}",
+        )
+
+
+def check_signed(
+    delegator: Root | Targets, name: str, metadata: _Online, command: str = "edge-ota rotate REPO"
+) -> None:
+    """What was signed has to verify for a client, before it is written. `command` replaces keys of this repository.
 
     Raises:
         PublishError: `bad_signature` when the key at hand is not the one that clients know.
@@ -233,7 +285,7 @@ def check_signed(delegator: Root | Targets, name: str, metadata: _Online) -> Non
         raise PublishError(
             Reason.BAD_SIGNATURE,
             f"key {name}.pem is not the one that clients know for the role {name}",
-            hint=f"restore it; or finish an interrupted change of keys: edge-ota rotate REPO {name}",
+            hint=f"restore it; or finish an interrupted change of keys: {command} {name}",
         ) from e
 
 

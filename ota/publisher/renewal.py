@@ -164,7 +164,8 @@ def _issue(
     files.write_atomic(path, pem.encode())
     audit.record(
         repository, "renewed", device.device, kid=renewed.kid, serial=f"{certificate.serial_number:x}",
-        expires=renewed.certificate_expires,
+        # not the newest: the board never used that one, or somebody else did
+        expires=renewed.certificate_expires, shown=f"{shown:x}", superseded=shown != device.certificate_serial,
     )  # fmt: skip
     return Renewed(renewed, pem)
 

@@ -238,11 +238,14 @@ class Repository:
         for listed in self.published():
             if (listed.line, listed.version) == (line, version):
                 return listed
-        known = [listed.version for listed in self.published() if listed.line == line]
+        published = self.published()
+        known = [listed.version for listed in published if listed.line == line]
+        lines = sorted({listed.line for listed in published})
         if self.valid_release(line, version) and self.prepared_path(line, version).is_file():
             hint = f"it is built but not signed: edge-ota publish {self.path} {line} {version}"
         else:
             hint = f"published versions of {line}: {', '.join(known)}" if known else "edge-ota release builds one"
+            hint += f"; published lines: {', '.join(lines)}" if lines and not known else ""
         raise PublishError(Reason.UNKNOWN_RELEASE, f"release {line} {version} is not published", hint=hint)
 
     def release(self, listed: Listed) -> Release:
@@ -258,12 +261,19 @@ class Repository:
         return release_format.parse(data)
 
     def prepared(self) -> list[Release]:
-        """Releases that are built and not signed, by line and counter."""
+        """Releases that are built and not signed, by line and counter.
+
+        Raises:
+            PublishError: `state_corrupt`, naming the file.
+        """
         found = []
         for path in sorted((self.path / "prepared").glob("*/*/release.json")):
             data = files.read_regular(path, release_format.MAX_RELEASE_BYTES)
-            if data is not None:
-                found.append(release_format.parse(data))
+            try:
+                found += [release_format.parse(data)] if data is not None else []
+            except OtaError as e:
+                hint = "remove it, and build that release again"
+                raise PublishError(Reason.STATE_CORRUPT, f"{path} is damaged: {e.message}", hint=hint) from e
         return sorted(found, key=lambda release: (release.line, release.release_counter))
 
     def releases(self, line: str) -> list[Release]:
@@ -300,7 +310,8 @@ def load_metadata(data: bytes, what: str, kind: type[_Signed]) -> Metadata[_Sign
     try:
         metadata = Metadata[_Signed].from_bytes(data)
     except (DeserializationError, RepositoryError) as e:
-        raise PublishError(Reason.STATE_CORRUPT, f"{what} is not metadata: {e}", hint="restore a backup") from e
+        cause = e.__cause__ or e
+        raise PublishError(Reason.STATE_CORRUPT, f"{what} is not metadata: {cause}", hint="restore a backup") from e
     if not isinstance(metadata.signed, kind):
         raise PublishError(Reason.STATE_CORRUPT, f"{what} holds {metadata.signed.type}, not {kind.type}")
     return metadata

@@ -51,7 +51,8 @@ def revoke(repository: Repository, device: str, reason: str = "", *, decommissio
     """Expel `device`; with `decommission` for good, its assignments are dropped too. Again is well.
 
     Raises:
-        PublishError: `unknown_device`; `key_missing` when `ca.key` or `director.pem` is elsewhere; `busy`, `io_error`.
+        PublishError: `unknown_device`; `key_missing` when `director.pem` is elsewhere, or `ca.key`: then the device is
+            told all the same, and only the broker's list is missing; `busy`, `io_error`.
     """
     with repository.locked():
         known = load_device(repository, device)
@@ -60,8 +61,9 @@ def revoke(repository: Repository, device: str, reason: str = "", *, decommissio
             known, revoked=known.revoked or _iso(now), decommissioned=decommission or known.decommissioned
         )
         store_device(repository, expelled)
-        path = revoke_certificates(repository, expelled, reason)
+        # its key lies here in any case; the list needs ca.key, which may be kept elsewhere
         desired = director.expel(repository, expelled)
+        path = revoke_certificates(repository, expelled, reason)
         action = "decommissioned" if decommission else "revoked"
         audit.record(repository, action, device, reason=reason[:_MAX_REASON], desired_version=desired.version)
         return Revoked(load_device(repository, device), desired.version, len(expelled.certificates), path)

@@ -33,6 +33,8 @@ REQUEST_FILTER = "$share/ota/edge/v1/+/+/blk/get"
 _ANSWER_EXPIRY_S = 60
 _QUOTA_COST_BYTES = 1024
 _LARGEST_PACKET_BYTES = 1 << 28
+# requests have 1 KiB at most; what one device makes the broker pass on must not keep the others waiting
+_LARGEST_REQUEST_PACKET_BYTES = 4096
 # a PUBLISH packet around payload, tenant and device: fixed header 5, topic 26, properties 8 + 23 + 18 + 76, rounded up
 _ENVELOPE_BYTES = 176
 
@@ -292,7 +294,12 @@ def run(
         tls,
         client_id,
         subscriptions=(Subscription(REQUEST_FILTER, qos=0),),
-        limits=Limits(outbox_messages=4096, outbox_bytes=64 * 1024 * 1024),
+        limits=Limits(
+            max_packet_bytes=_LARGEST_REQUEST_PACKET_BYTES,
+            outbox_messages=4096,
+            outbox_bytes=64 * 1024 * 1024,
+            unsent_bytes=0,
+        ),
     )
     # a server is one of few and people wait for it: it comes back sooner than a fleet's devices
     reconnect = Reconnect(ReconnectPolicy(first_s=1.0, longest_s=30.0), random.Random())

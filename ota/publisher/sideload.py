@@ -60,11 +60,11 @@ def write_sideload(repository: Repository, device: str, out: Path) -> Sideload:
 
     Raises:
         PublishError: `unknown_device`, `device_revoked`; `unknown_release` when nothing was granted to it;
-            `repository_exists` when `out` is taken; `unsupported` for a zip above 4 GiB; `key_missing`, `busy`,
+            `repository_exists` when `out` is taken; `unsupported` for a zip above 2 GiB; `key_missing`, `busy`,
             `io_error`, `no_space`.
     """
-    _refuse_used(out)
     enrolled = load_device(repository, device)
+    _refuse_used(out, device)
     if enrolled.revoked:
         raise revoked_error(enrolled)
     releases = director.desired_releases(repository, device)
@@ -114,7 +114,18 @@ class _Counted:
 
 @contextmanager
 def _directory(out: Path) -> Iterator[_Put]:
-    yield lambda place, data: files.write_new(out / place, data)
+    """A directory. What fails half-way is taken back: the same command can be given again."""
+    written: list[Path] = []
+
+    def put(place: str, data: bytes) -> None:
+        files.write_new(out / place, data)
+        written.append(out / place)
+
+    try:
+        yield put
+    except BaseException:
+        files.take_back(written, out)
+        raise
 
 
 @contextmanager
@@ -131,7 +142,7 @@ def _zip(out: Path) -> Iterator[_Put]:
             yield put
     except zipfile.LargeZipFile as e:
         raise PublishError(
-            Reason.UNSUPPORTED, f"{out} would be larger than 4 GiB", hint="name a directory instead"
+            Reason.UNSUPPORTED, f"{out} would be larger than 2 GiB", hint="name a directory instead"
         ) from e
 
 
@@ -191,8 +202,10 @@ def _present(data: bytes | None, what: str) -> bytes:
     return data
 
 
-def _refuse_used(out: Path) -> None:
+def _refuse_used(out: Path, device: str) -> None:
     if os.path.lexists(out) and (out.suffix == ZIP_SUFFIX or not out.is_dir() or os.listdir(out)):
         raise PublishError(
-            Reason.REPOSITORY_EXISTS, f"{out} exists and is not an empty directory", hint="name a new one"
+            Reason.REPOSITORY_EXISTS,
+            f"{out} exists and is not an empty directory",
+            hint=f"name a new one, such as {out / device if out.is_dir() else out.with_name(f'{device}{out.suffix}')}",
         )

@@ -28,6 +28,9 @@ def rotate(repository: Repository, name: str) -> Rotated:
         signer = own.keys.next_signer(name)
         if name != "director":
             sign_root(own, name, signer)
+        else:
+            # found out before anything moves: it has to sign the new delegation
+            own.keys.signer("targets")
         retired = own.keys.replace(name)
         sticks.renew(repository, own)
         return Rotated(name, signer.public_key.keyid, own.root_version(), retired)

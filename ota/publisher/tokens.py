@@ -49,7 +49,8 @@ class Made:
 
 
 def make(repository: Repository, device: str, hours: int = DEFAULT_HOURS, *, replace: bool = False) -> Made:
-    """A token that enrols `device` once.
+    """A token that enrols `device` once. It takes the place of one that was made before and not used: of a token that
+    was lost on the way the operator is rid by making another.
 
     Args:
         replace: the device is known and comes back as another board.
@@ -76,7 +77,7 @@ def make(repository: Repository, device: str, hours: int = DEFAULT_HOURS, *, rep
         pem = certificate_pem(repository.authority.certificate())
         token = Token(device, secrets.token_bytes(enrolment.SECRET_BYTES), enrolment.ca_fingerprint(pem))
         expires = repository.now().replace(microsecond=0) + timedelta(hours=hours)
-        _sweep(repository)
+        _sweep(repository, device)
         _store(
             repository,
             token.digest,
@@ -97,7 +98,9 @@ def redeem(repository: Repository, text: str, wanted: Request, places: Places) -
         record = _load(repository, token.digest)
         if record is None:
             raise PublishError(
-                Reason.TOKEN_UNKNOWN, "this token was not made here", hint="edge-ota token REPO DEVICE makes one"
+                Reason.TOKEN_UNKNOWN,
+                "this token was not made here, or another took its place",
+                hint="edge-ota token REPO DEVICE makes one",
             )
         if record["device"] != wanted.device or token.device != wanted.device:
             raise PublishError(
@@ -152,11 +155,14 @@ def _redeem(repository: Repository, token: Token, record: dict[str, Any], wanted
     return enrolled.bundle
 
 
-def _sweep(repository: Repository) -> None:
-    """Forget tokens long past their end; the caller holds the lock."""
+def _sweep(repository: Repository, device: str) -> None:
+    """Forget tokens long past their end, and those of `device` that nobody used; the caller holds the lock."""
     for path in (repository.path / _DIRECTORY).glob("*.json"):
         record = _load(repository, path.stem)
-        if record is not None and datetime.fromisoformat(record["expires"]) + _KEPT_AFTER_END < repository.now():
+        if record is None:
+            continue
+        past = datetime.fromisoformat(record["expires"]) + _KEPT_AFTER_END < repository.now()
+        if past or (record["device"] == device and not record["used_by"]):
             _remove(repository, path.stem)
 
 

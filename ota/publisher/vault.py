@@ -14,6 +14,9 @@ from ota.publisher import files
 from ota.publisher.repository import Repository
 from ota.release import MAX_PAYLOAD_BYTES
 
+FOLDER = "vault"
+PLAIN = "plain"
+KEYS = "keys"
 _MAX_WRAPPED_BYTES = 1024
 
 
@@ -21,27 +24,27 @@ class Vault:
     """The vault of one repository."""
 
     def __init__(self, repository: Repository) -> None:
-        self._directory = repository.path / "vault"
+        self._directory = repository.path / FOLDER
         self._keys = repository.keys
 
     def keep_plain(self, data: bytes) -> str:
         """Store a plaintext and return its SHA-256."""
         sha256 = hashlib.sha256(data).hexdigest()
-        path = self._directory / "plain" / sha256
+        path = self._directory / PLAIN / sha256
         if not path.is_file():
             files.write_atomic(path, data, files.SECRET_MODE)
         return sha256
 
     def plain(self, sha256: str) -> bytes | None:
         """A plaintext, or None when it was cleared away or its file is damaged: then there is just no delta."""
-        data = files.read_secret(self._directory / "plain" / sha256, MAX_PAYLOAD_BYTES)
+        data = files.read_secret(self._directory / PLAIN / sha256, MAX_PAYLOAD_BYTES)
         return data if data is not None and hashlib.sha256(data).hexdigest() == sha256 else None
 
     def keep_key(self, cek: bytes, line: str, version: str, cek_id: str) -> None:
         """Store a content key, wrapped."""
         public = self._keys.director_hpke().public_key().public_bytes_raw()
         wrapped = payload.wrap_key(cek, public, _vault_info(line, version, cek_id))
-        files.write_atomic(self._directory / "keys" / cek_id, wrapped, files.SECRET_MODE)
+        files.write_atomic(self._directory / KEYS / cek_id, wrapped, files.SECRET_MODE)
 
     def key(self, line: str, version: str, cek_id: str) -> bytes:
         """The content key `cek_id` of that release.
@@ -49,7 +52,7 @@ class Vault:
         Raises:
             PublishError: `key_missing`.
         """
-        path = self._directory / "keys" / cek_id
+        path = self._directory / KEYS / cek_id
         wrapped = files.read_secret(path, _MAX_WRAPPED_BYTES)
         if wrapped is None:
             raise PublishError(

@@ -110,7 +110,6 @@ def main(data: Path, onnx_model: Path, wanted: list[str]) -> int:
     }
     print(f"python {platform.python_version()} {platform.machine()} {versions}")
     import paho.mqtt.client  # noqa: F401
-    import psutil  # noqa: F401
     import tuf.ngclient  # noqa: F401
     from cryptography.hazmat.primitives import hpke  # noqa: F401
 

@@ -176,6 +176,37 @@ def test_a_threshold_is_met_by_any_combination_of_distinct_keys_and_by_nothing_l
     _refused(command, capsys, Reason.BAD_SIGNATURE)
 
 
+@pytest.mark.parametrize("role", ["root", "timestamp"])
+def test_a_key_id_without_a_key_counts_for_nothing_and_keeps_nobody_out(
+    command: Commands, site: Site, capsys: pytest.CaptureFixture[str], role: str
+) -> None:
+    site.root.signed.roles[role].keyids.append("d" * 64)
+    site.next_root()
+    assert command.refresh() == 0
+    site.root.signed.roles[role].threshold = 2
+    site.next_root()
+    _refused(command, capsys, Reason.BAD_SIGNATURE)
+
+
+def test_a_key_of_an_unknown_type_is_named(command: Commands, site: Site, capsys: pytest.CaptureFixture[str]) -> None:
+    document = json.loads(site.files["metadata/1.root.json"])
+    key = {"keytype": "of-tomorrow", "scheme": "of-tomorrow-65", "keyval": {"public": "00"}}
+    document["signed"] |= {"keys": document["signed"]["keys"] | {"d" * 64: key}, "version": 2}
+    site.files["metadata/2.root.json"] = json.dumps(document).encode()
+    assert command.refresh() == 1
+    assert "of-tomorrow-65" in capsys.readouterr().err
+
+
+def test_large_documents_of_other_repositories_are_read(command: Commands, site: Site) -> None:
+    site.root.signed.unrecognized_fields["note"] = "n" * 400_000
+    site.next_root()
+    site.targets["targets"].signed.unrecognized_fields["note"] = "n" * 4_000_000
+    site.snapshot.signed.unrecognized_fields["note"] = "n" * 1_500_000
+    site.publish()
+    assert command.refresh() == 0
+    assert command.kept() == {"root": 2, "timestamp": 2, "snapshot": 2, "targets": 2}
+
+
 def test_a_wrong_signature_beside_enough_right_ones_does_no_harm(command: Commands, site: Site) -> None:
     second = CryptoSigner.generate_ecdsa()
     site.root.signed.add_key(second.public_key, "timestamp")

@@ -87,7 +87,7 @@ class Process:
         if self.pid == 0:
             os.close(self._pipe)
             try:
-                reading._pool.cache_clear()  # the parent's threads did not come along
+                reading._threads.cache_clear()  # the parent's threads did not come along
                 if stopped:
                     os.kill(os.getpid(), signal.SIGSTOP)
                 _update(world, state, lambda **facts: os.write(far, json.dumps(facts).encode() + b"\n"))

@@ -17,7 +17,6 @@ from __future__ import annotations
 import asyncio
 import os
 from collections.abc import Callable, Iterator
-from concurrent.futures import Executor, Future
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -231,20 +230,16 @@ def one_thread() -> Iterator[None]:
         await asyncio.sleep(0)
         return work(*arguments, **named)
 
-    with patch.object(asyncio, "to_thread", at_once), patch.object(reading, "_pool", _AtOnce):
+    with patch.object(asyncio, "to_thread", at_once), patch.object(reading, "_threads", _AtOnce):
         yield
 
 
-class _AtOnce(Executor):
+class _AtOnce:
     """Stands for the threads that read sticks."""
 
-    def submit(self, work: Callable[..., Any], /, *arguments: Any, **named: Any) -> Future[Any]:
-        done: Future[Any] = Future()
-        try:
-            done.set_result(work(*arguments, **named))
-        except Exception as e:  # noqa: BLE001 - whoever asks for the result gets it
-            done.set_exception(e)
-        return done
+    async def run(self, work: Callable[[], Any]) -> Any:
+        await asyncio.sleep(0)
+        return work()
 
 
 # -- parts of scenes ---------------------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from ota.errors import Reason
 from tests.crash import scenes
 from tests.crash.memory import MemoryDisk, Possibilities
 from tests.crash.scene import CrashDevice, Scene, exactly, fresh, like, one_thread, told
-from tests.ota.client.conftest import LINE, run
+from tests.ota.client.conftest import LINE, model, run
 
 REASONS = {
     errno.ENOSPC: Reason.NO_SPACE,
@@ -226,3 +226,26 @@ def test_a_file_system_without_free_inodes_is_reported_as_full_and_the_update_co
     subprocess.run(["mount", "-o", "remount,nr_inodes=0", few_inodes], check=True)
     assert device.check().outcome == "committed"
     assert device.serving == "1.0.0"
+
+
+@pytest.mark.fault("F9")
+def test_what_was_fetched_of_a_release_that_is_not_wanted_any_more_makes_room_for_the_next() -> None:
+    """The same process goes on for months: nothing else would free the disk."""
+    device = fresh()
+    disk = device.disk
+    assert isinstance(disk, MemoryDisk)
+    device.release("1.0.0", data=like("1.0.0"))
+    assert device.check().outcome == "committed"
+    updater = device.reboot()
+    device.release("1.1.0", data=model(110, 500_000))
+    device.transport.cut_after = 6
+    assert device.check(updater).outcome == "failed"
+    left = sum(len(file.content) for path, file in disk.files() if path.endswith(".part"))
+    assert left > 200_000
+    device.transport.cut_after = None
+    # room for one more release, not for what is left of another beside it
+    disk.capacity_bytes = disk.used_bytes() - left + 2 * 500_000 + device.limits.reserve_bytes + 150_000
+    device.release("1.2.0", data=model(120, 500_000))
+    event = device.check(updater)
+    assert (event.outcome, device.serving) == ("committed", "1.2.0"), told(event)
+    exactly(disk)

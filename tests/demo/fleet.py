@@ -7,7 +7,9 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from ota.publisher import spec as specs
@@ -97,9 +99,9 @@ class Fleet:
         assert self.broker is not None
         return self._start("edge-ota", "serve", "repo", "--broker", f"127.0.0.1:{self.broker.port}")
 
-    def start_agent(self) -> subprocess.Popen[bytes]:
-        """`edge-agent run`."""
-        self.agent = self._start("edge-agent", "run", "--config", "agent.toml")
+    def start_agent(self, **environment: str) -> subprocess.Popen[bytes]:
+        """`edge-agent run`, with more in its environment."""
+        self.agent = self._start("edge-agent", "run", "--config", "agent.toml", environment=environment)
         return self.agent
 
     def status(self) -> dict[str, Any]:
@@ -134,10 +136,12 @@ class Fleet:
             self.broker.stop()
         self._log.close()
 
-    def _start(self, program: str, *words: str) -> subprocess.Popen[bytes]:
+    def _start(
+        self, program: str, *words: str, environment: Mapping[str, str] = MappingProxyType({})
+    ) -> subprocess.Popen[bytes]:
         child = subprocess.Popen(
             [str(BIN / program), *words], cwd=self.folder, stdin=subprocess.DEVNULL, stdout=self._log,
-            stderr=self._log, env={**os.environ, "PYTHONUNBUFFERED": "1"},
+            stderr=self._log, env={**os.environ, "PYTHONUNBUFFERED": "1", **environment},
         )  # fmt: skip
         self._children.append(child)
         return child

@@ -5,6 +5,7 @@ python -m tests.fakes.blockserver PORT CA CERTIFICATE KEY CLIENT_ID BYTES
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -52,6 +53,11 @@ class BlockServerProcess:
         """SIGKILL."""
         self._process.kill()
         self._process.wait()
+
+    def cpu_s(self) -> float:
+        """Processor time it has used."""
+        fields = Path(f"/proc/{self._process.pid}/stat").read_text().rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
     def answers(self) -> int:
         """How many answers it says it gave; after `terminate`."""

@@ -166,11 +166,6 @@ class Broker:
         self.stop()
         self.start()
 
-    def reload(self) -> None:
-        """Read its configuration again (SIGHUP)."""
-        if self._process is not None:
-            self._process.send_signal(signal.SIGHUP)
-
     def freeze(self) -> None:
         """Stop answering without closing anything (SIGSTOP)."""
         if self._process is not None:

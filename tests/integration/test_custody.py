@@ -36,6 +36,9 @@ def device(tmp_path_factory: pytest.TempPathFactory, repository: Path, clip: Pat
         pytest.skip("mosquitto is not installed")
     fleet, made = make_fleet(tmp_path_factory.mktemp("custody"), repository, clip)
     try:
+        # one that nobody answers for: without any no key is rotated that the operator has to learn of
+        bundle = made.state / "enrolment" / "bundle.json"
+        bundle.write_text(json.dumps({**json.loads(bundle.read_text()), "renewal": "https://127.0.0.1:1"}))
         made.start()
         made.assign("1.0.0")
         until("serving 1.0.0", lambda: made.serving()["committed"] == "1.0.0")
@@ -183,7 +186,9 @@ def test_a_grant_for_the_key_before_the_last_rotation_still_opens(device: Device
     kid = key_id(enrolled.public_key().public_bytes_raw())
     rotated = keys(device, "rotate", "--hpke")
     assert keys(device, "show")["hpke"] == [rotated["hpke"], kid]
-    # the operator does not know the new key yet
+    # the operator does not know the new key yet, and so the device makes no further one
+    words = ("keys", "rotate", "--hpke", "--config", "agent.toml")
+    assert refused("edge-agent", *words, folder=device.fleet.folder).reason == "busy"
     assert device.install(observer, "1.1.0")["outcome"] == "committed"
     device.stop()
     device.start("1.1.0")

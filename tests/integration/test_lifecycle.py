@@ -235,13 +235,21 @@ def _revoke_one(repository: Repository, serial: int) -> None:
 def test_a_device_that_was_off_past_its_end_renews_first_and_connects_then(
     site: tuple[Fleet, Device, Operator],
 ) -> None:
-    _fleet, device, operator = site
+    fleet, device, operator = site
     operator.enroll_by_file(behind_s=LIFE_S + 300 * DAY_S)  # ended 300 days ago
+    did("edge-ota", "renew-ca", "repo", folder=fleet.folder)
     operator.listen()
     device.start()
     until("the link", lambda: device.ask()["link"]["state"] == "connected", 60)
     until("the new certificate in force", lambda: certificate(device)["expires"] > in_a_month())
     assert operator.audit()[-1] == "renewed"
+    # the later certificate of the authority came with it, and is the one that the next connection trusts
+    later = (fleet.folder / "repo/keys/ca.pem").read_text()
+    assert (fleet.folder / "state/enrolment/ca.crt").read_text() == later
+    assert json.loads((fleet.folder / "state/enrolment/bundle.json").read_text())["ca"] == later
+    assert device.stop() == 0
+    device.start()
+    until("the link after a restart", lambda: device.ask()["link"]["state"] == "connected", 60)
 
 
 def test_beyond_the_grace_a_device_is_told_what_helps(site: tuple[Fleet, Device, Operator]) -> None:
@@ -300,7 +308,7 @@ def test_a_revoked_device_that_the_broker_refuses_hears_it_from_the_listener(
     operator.stop()
     did("edge-ota", "revoke", "repo", "belt-01", folder=fleet.folder)
     assert fleet.broker is not None
-    fleet.broker.reload()
+    fleet.broker.restart()
     operator.listen()
     device.start()
     until("the end", lambda: (device.ask() or {"link": {"state": ""}})["link"]["state"] == "revoked", 60)
@@ -324,7 +332,7 @@ def test_another_board_takes_over_an_id_with_everything_it_was_granted(
         seen = len(observer.events)
         operator.enroll(data["token"])
         assert fleet.broker is not None
-        fleet.broker.reload()
+        fleet.broker.restart()
         new = operator.record()
         assert (new["kid"] != old["kid"], "older" in new) == (True, False)
         device.start("1.0.0")

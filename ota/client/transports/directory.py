@@ -15,6 +15,7 @@ import stat
 from pathlib import Path
 
 from ota.client.transports import layout
+from ota.client.transports.failures import unreachable
 from ota.client.transports.reading import aside
 from ota.errors import Reason, TransferError, TrustError
 
@@ -61,9 +62,9 @@ class DirectoryTransport:
     def _piece(self, place: layout.Place, offset: int, length: int) -> bytes:
         fd = self._open(place)
         try:
-            return os.pread(fd, length, offset)
+            return read_at(fd, length, offset)
         except OSError as e:
-            raise self._unreachable(e) from e
+            raise unreachable(self._root, e) from e
         finally:
             close(fd)
 
@@ -74,7 +75,7 @@ class DirectoryTransport:
             while len(data) <= max_bytes and (chunk := os.read(fd, max_bytes + 1 - len(data))):
                 data += chunk
         except OSError as e:
-            raise self._unreachable(e) from e
+            raise unreachable(self._root, e) from e
         finally:
             close(fd)
         if len(data) > max_bytes:
@@ -88,7 +89,7 @@ class DirectoryTransport:
         try:
             folder = os.open(self._root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         except OSError as e:
-            raise self._unreachable(e) from e
+            raise unreachable(self._root, e) from e
         part = ""
         try:
             for part in parts[:-1]:
@@ -104,26 +105,27 @@ class DirectoryTransport:
                 raise _unsafe(name) from e
             if e.errno in _ABSENT:
                 raise TransferError(Reason.NOT_FOUND, f"{name} is not in {self._root.name or self._root}") from e
-            raise self._unreachable(e) from e
+            raise unreachable(self._root, e) from e
         finally:
             close(folder)
         try:
             regular = stat.S_ISREG(os.fstat(fd).st_mode)
         except OSError as e:  # a file system in user space that ended
             close(fd)
-            raise self._unreachable(e) from e
+            raise unreachable(self._root, e) from e
         if not regular:
             close(fd)
             raise _unsafe("/".join(parts))
         return fd
 
-    def _unreachable(self, error: OSError) -> TransferError:
-        return TransferError(
-            Reason.SOURCE_UNREACHABLE,
-            f"{self._root}: {error.strerror}",
-            hint="is the stick still plugged in and mounted?",
-            retry=True,
-        )
+
+def read_at(fd: int, length: int, offset: int) -> bytes:
+    """As `os.pread`, with fewer bytes only at the end of the file: a read that meets a bad sector gives what lies
+    before it, and the next one the error."""
+    data = b""
+    while len(data) < length and (more := os.pread(fd, length - len(data), offset + len(data))):
+        data += more
+    return data
 
 
 def close(fd: int) -> None:

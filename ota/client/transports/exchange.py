@@ -81,6 +81,11 @@ class Exchange:
         self._connection: HTTPSConnection | None = None
         self._abandoned = False
 
+    @property
+    def abandoned(self) -> bool:
+        """Whether nobody waits for the answer any more."""
+        return self._abandoned
+
     def hold(self, connection: HTTPSConnection | None) -> None:
         """Note what `abandon` has to interrupt."""
         with self._lock:

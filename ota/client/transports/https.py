@@ -11,6 +11,7 @@ cancelling one ends its connection, not the transport.
 from __future__ import annotations
 
 import asyncio
+import functools
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,10 +22,10 @@ from ota.brokertls import Tls
 from ota.client.transports import layout
 from ota.client.transports.address import Address
 from ota.client.transports.exchange import Exchange, Stale, Waits, Wanted, connect_failure
+from ota.client.transports.threads import Threads
 from ota.errors import BrokerError, Reason, TransferError
 
 if TYPE_CHECKING:
-    from concurrent.futures import ThreadPoolExecutor
     from http.client import HTTPSConnection
 
 
@@ -56,7 +57,7 @@ class HttpsTransport:
         self._tls = tls
         self._connections = connections
         self._waits = waits or Waits()
-        self._pool: ThreadPoolExecutor | None = None
+        self._threads: Threads | None = None
         self._lock = threading.Lock()
         self._idle: list[HTTPSConnection] = []
         self._used_s = 0.0
@@ -87,23 +88,20 @@ class HttpsTransport:
     def close(self) -> None:
         """Close the connections nobody uses and let the threads end; the transport stays usable, and what is under way
         or waits for a thread goes on."""
-        pool, self._pool = self._pool, None
-        if pool is not None:
-            pool.shutdown(wait=False)
+        threads, self._threads = self._threads, None
+        if threads is not None:
+            threads.close()
         for connection in self._take_idle():
             connection.close()
 
     async def _get(self, wanted: Wanted) -> bytes:
         loop = asyncio.get_running_loop()
-        if self._pool is None:
-            from concurrent.futures import ThreadPoolExecutor
-
-            self._pool = ThreadPoolExecutor(self._connections, thread_name_prefix="https")
+        if self._threads is None:
+            self._threads = Threads(self._connections, "https")
         exchange = Exchange(self._address, wanted, self._waits)
-        work = loop.run_in_executor(self._pool, self._run, exchange)
         try:
             async with asyncio.timeout(self._waits.whole_s):
-                body = await work
+                body = await self._threads.run(functools.partial(self._run, exchange))
         except TimeoutError as e:
             raise exchange.silence() from e
         finally:
@@ -135,8 +133,13 @@ class HttpsTransport:
                 return self._over(exchange, kept)
             except Stale:
                 pass  # the server closed it meanwhile, which it may at any time
+        made = self._connect(exchange)
+        if exchange.abandoned:
+            # where connecting takes longer than anybody waits for an answer, the next one finds it done
+            self._keep(made)
+            raise exchange.silence()
         try:
-            return self._over(exchange, self._connect(exchange))
+            return self._over(exchange, made)
         except Stale as e:
             cause = e.__cause__
             text = str(cause) or type(cause).__name__
@@ -151,10 +154,13 @@ class HttpsTransport:
             return body
         finally:
             if reusable:
-                with self._lock:
-                    self._idle.append(connection)
+                self._keep(connection)
             else:
                 connection.close()
+
+    def _keep(self, connection: HTTPSConnection) -> None:
+        with self._lock:
+            self._idle.append(connection)
 
     def _connect(self, exchange: Exchange) -> HTTPSConnection:
         from http.client import HTTPSConnection

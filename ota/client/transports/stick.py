@@ -11,9 +11,8 @@ from typing import TypeVar
 
 from ota.client.limits import Limits
 from ota.client.ports import Transport
-from ota.client.transports.directory import DirectoryTransport
+from ota.client.transports.failures import unreachable
 from ota.client.transports.reading import aside
-from ota.client.transports.zip import ZipTransport
 from ota.errors import OtaError, Reason, TransferError
 
 _T = TypeVar("_T")
@@ -31,12 +30,15 @@ def open_stick(path: Path, device: str) -> Transport:
     except ValueError as e:  # a NUL, or half of a surrogate pair
         raise TransferError(Reason.SOURCE_UNREACHABLE, f"{str(path)!r} is no name of a file") from e
     except OSError as e:
-        raise TransferError(
-            Reason.SOURCE_UNREACHABLE, f"{path}: {e.strerror}", hint="is the stick plugged in and mounted?", retry=True
-        ) from e
+        raise unreachable(path, e) from e
+    # both are memory that a device without a stick does not need
     if stat.S_ISDIR(mode):
+        from ota.client.transports.directory import DirectoryTransport
+
         return DirectoryTransport(path, device)
     if stat.S_ISREG(mode):
+        from ota.client.transports.zip import ZipTransport
+
         return ZipTransport(path.resolve(), device)
     raise TransferError(
         Reason.UNSAFE_FILE, f"{path} is neither a directory nor a zip file", hint="name what edge-ota bundle wrote"
@@ -64,11 +66,24 @@ async def check_names(transport: Transport, device: str) -> None:
     except TransferError as e:
         if e.reason is not Reason.NOT_FOUND:
             raise
-        raise OtaError(
-            Reason.NOT_FOR_THIS_DEVICE,
-            f"there is nothing for {device} on it",
-            hint=f"edge-ota bundle REPO {device} OUT writes a stick for it",
-        ) from e
+        if await _is_bundle(transport):
+            message = f"there is nothing for {device} on it"
+            hint = f"edge-ota bundle REPO {device} OUT writes a stick for it"
+        else:
+            message = "there is no bundle at that place"
+            hint = f"name the folder or the .zip itself that edge-ota bundle REPO {device} OUT wrote"
+        raise OtaError(Reason.NOT_FOR_THIS_DEVICE, message, hint=hint) from e
+
+
+async def _is_bundle(transport: Transport) -> bool:
+    """Whether it is one for anybody."""
+    try:
+        await _answered(transport.metadata("timestamp", None, Limits().timestamp_max_bytes))
+    except TransferError as e:
+        if e.reason is not Reason.NOT_FOUND:
+            raise
+        return False
+    return True
 
 
 async def _answered(work: Awaitable[_T]) -> _T:

@@ -21,7 +21,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ota.client.transports import layout
-from ota.client.transports.directory import close
+from ota.client.transports.directory import close, read_at
+from ota.client.transports.failures import unreachable
 from ota.client.transports.reading import aside
 from ota.errors import Reason, TransferError, TrustError
 
@@ -119,9 +120,7 @@ class ZipTransport:
         return entry
 
     def _read(self, fd: int, offset: int, length: int) -> bytes:
-        data = b""
-        while len(data) < length and (chunk := os.pread(fd, length - len(data), offset + len(data))):
-            data += chunk
+        data = read_at(fd, length, offset)
         if len(data) < length:
             raise self._changed()
         return data
@@ -132,7 +131,7 @@ class ZipTransport:
         try:
             fd = os.open(self._path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
         except OSError as e:
-            raise self._unreachable(e) from e
+            raise unreachable(self._path, e) from e
         try:
             facts = os.fstat(fd)
             if not stat.S_ISREG(facts.st_mode):
@@ -146,17 +145,9 @@ class ZipTransport:
                 raise self._changed()
             yield fd, index
         except OSError as e:
-            raise self._unreachable(e) from e
+            raise unreachable(self._path, e) from e
         finally:
             close(fd)
-
-    def _unreachable(self, error: OSError) -> TransferError:
-        return TransferError(
-            Reason.SOURCE_UNREACHABLE,
-            f"{self._path}: {error.strerror}",
-            hint="is the stick still plugged in and mounted?",
-            retry=True,
-        )
 
     def _changed(self) -> TransferError:
         return TransferError(
@@ -175,7 +166,7 @@ def read_directory(fd: int, size: int) -> dict[str, Entry]:
         OSError: the file cannot be read.
     """
     count, length, start = _end_record(fd, size)
-    data = os.pread(fd, length, start)
+    data = read_at(fd, length, start)
     if len(data) != length:
         raise _bad("its directory is cut short")
     found: list[Entry] = []
@@ -190,7 +181,7 @@ def read_directory(fd: int, size: int) -> dict[str, Entry]:
 
 def _end_record(fd: int, size: int) -> tuple[int, int, int]:
     """Number of entries, length and offset of the directory, which ends where the last 22 bytes of the file begin."""
-    data = os.pread(fd, _END.size, max(0, size - _END.size))
+    data = read_at(fd, _END.size, max(0, size - _END.size))
     if len(data) != _END.size:
         raise _bad("it is too short for an archive")
     magic, disk, first_disk, here, count, length, start, comment = _END.unpack(data)
@@ -273,7 +264,7 @@ def _arranged(found: list[Entry], start: int) -> dict[str, Entry]:
 
 def _data_offset(fd: int, entry: Entry) -> int:
     """Where the bytes of `entry` begin, after a local header that says the same as the directory."""
-    data = os.pread(fd, _LOCAL.size + len(entry.name), entry.offset)
+    data = read_at(fd, _LOCAL.size + len(entry.name), entry.offset)
     if len(data) != _LOCAL.size + len(entry.name):
         raise _bad(f"the header of {entry.name} is cut short")
     magic, _, flags, method, _, _, crc, packed, length, names, extras = _LOCAL.unpack_from(data)

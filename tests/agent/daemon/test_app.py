@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import random
@@ -134,6 +135,49 @@ def test_a_committed_release_that_finds_no_room_for_its_trial_at_the_start_is_se
             await daemon.stop()
 
     asyncio.run(scenario())
+
+
+def test_a_wish_at_the_start_waits_until_the_committed_release_has_been_brought_up(
+    device: config.Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def first() -> None:
+        daemon = app.Device(device, {}, online=False)
+        await daemon.start()
+        await daemon.sideload(tmp_path / "stick", askers.of_user(os.getuid()))
+        await daemon.stop()
+
+    asyncio.run(first())
+    # without its verdict it has to be tried before it serves, which takes its time
+    (device.state_dir / "verdicts.json").unlink()
+    begun: list[str] = []
+
+    async def scenario() -> None:
+        daemon = app.Device(device, {}, online=False)
+        resume, slow, rolled_back = daemon._host.resume, asyncio.Event(), asyncio.Event()
+
+        async def slowly(candidate: Candidate) -> None:
+            begun.append(candidate.version)
+            await slow.wait()
+            await resume(candidate)
+
+        async def roll_back() -> None:
+            with contextlib.suppress(OtaError):
+                await daemon._updater.rollback("parts")
+            rolled_back.set()
+
+        monkeypatch.setattr(daemon._host, "resume", slowly)
+        starting = asyncio.create_task(daemon.start())
+        while not begun:
+            await asyncio.sleep(0.01)
+        person = asyncio.create_task(roll_back())
+        await asyncio.sleep(0.1)
+        assert not rolled_back.is_set()
+        slow.set()
+        await asyncio.gather(starting, person)
+        await daemon.stop()
+
+    asyncio.run(scenario())
+    assert begun == ["1.0.0"]
 
 
 def test_a_daemon_whose_heartbeat_died_ends_with_a_failure(

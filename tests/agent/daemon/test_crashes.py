@@ -39,9 +39,11 @@ class Watched:
         self.now = 0.0
         self.looks = 0
         self.telemetry = Telemetry(Clocks(lambda: 0, lambda: 0, "boot"))
+        self.settings_on_trial = False
         self.loops = CrashLoops(
-            self.updates, self.telemetry, limit=3, window_s=60, clock=lambda: self.now, spawn=self._run, look=self._look
-        )
+            self.updates, self.telemetry, limit=3, window_s=60, clock=lambda: self.now, spawn=self._run,
+            look=self._look, excused=lambda: self.settings_on_trial,
+        )  # fmt: skip
 
     def crash(self, *times: float, reason: Reason = Reason.WORKER_CRASHED) -> None:
         for self.now in times:
@@ -69,6 +71,17 @@ def test_crashes_that_lie_further_apart_are_none(parts: Candidate) -> None:
     watched = Watched(parts)
     watched.crash(0, 40, 80, 120, 160)
     assert not watched.updates.asked
+
+
+def test_what_dies_under_settings_on_trial_is_not_held_against_the_release(parts: Candidate) -> None:
+    watched = Watched(parts)
+    watched.settings_on_trial = True
+    watched.crash(0, 1, 2, 3)
+    watched.settings_on_trial = False
+    watched.crash(4, 5)
+    assert not watched.updates.asked
+    watched.crash(6)
+    assert watched.updates.asked == [("parts", "worker_crashed")]
 
 
 def test_each_release_is_counted_for_itself(parts: Candidate, newer: Candidate) -> None:

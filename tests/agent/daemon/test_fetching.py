@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import time
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -45,7 +46,22 @@ def test_without_settings_payloads_come_over_the_broker_at_any_time() -> None:
     assert broker.alone, "nobody else can be asked, so silence is borne to its end"
     assert not fetching.beside_broker
     fetching.gate.check(delta=False)
-    assert fetching.gate.take(1 << 30) == 0
+    assert fetching.gate.turn().take(1 << 30) == 0
+
+
+def test_a_time_zone_set_while_the_daemon_runs_is_the_one_that_windows_mean(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TZ", "UTC")
+    fetching = Fetching(_config('windows = ["00:00-12:00"]'), "", "cam-1", None)
+    fetching.status()
+    now = datetime.datetime.now(datetime.UTC)
+    open_here, closed_here = ("UTC0", "XXX-12") if now.hour < 12 else ("XXX-12", "UTC0")
+    try:
+        for zone, is_open in ((open_here, True), (closed_here, False)):
+            monkeypatch.setenv("TZ", zone)
+            assert (fetching.status()["window_opens_in_s"] == 0) is is_open
+    finally:
+        monkeypatch.undo()
+        time.tzset()
 
 
 def test_a_web_server_comes_after_the_broker_and_alone_where_there_is_none() -> None:

@@ -15,8 +15,11 @@ import pytest
 
 from agent import profile
 from agent.config import Config, LineConfig, TelemetryConfig
+from agent.daemon import report
 from agent.daemon.hosting import VERDICTS_NAME, ModelHost
 from agent.daemon.selection import Verdict
+from agent.daemon.updates import LastWords
+from ota.client.journal import Record
 from ota.client.ports import Candidate
 from ota.errors import OtaError, Reason, Rejected, StoreError
 from tests.agent.daemon.rig import LIMITS, Rig
@@ -29,7 +32,7 @@ QUICK = replace(LIMITS, probation_s=0.5, probation_results=5, run_timeout_s=1.0)
 class Bench:
     """A model host beside a rig; `written` is what it keeps."""
 
-    def __init__(self, rig: Rig, state_dir: Path, delegates: tuple[str, ...]) -> None:
+    def __init__(self, rig: Rig, state_dir: Path, delegates: tuple[str, ...], exclusive: tuple[str, ...] = ()) -> None:
         self.rig = rig
         self.written: dict[str, bytes] = {}
         rig.line.config = LineConfig("parts", "belt", 1, "never", delegates)
@@ -37,9 +40,10 @@ class Bench:
             state_dir / "agent.toml", state_dir, state_dir, "auto", "process", (), (rig.line.config,),
             TelemetryConfig("all", 1), QUICK,
         )  # fmt: skip
-        chosen = profile.recognise("auto", profile.load_all())
+        chosen = replace(profile.recognise("auto", profile.load_all()), exclusive=exclusive)
+        self.lines: dict[str, Any] = {"parts": rig.line}
         self.host = ModelHost(
-            config, chosen, rig.supervisor, {"parts": rig.line}, write=self.written.__setitem__,
+            config, chosen, rig.supervisor, self.lines, write=self.written.__setitem__,
             on_verdicts=lambda *_: None,
         )  # fmt: skip
 
@@ -58,12 +62,16 @@ class Bench:
 
 
 def run(
-    body: Callable[[Bench], Awaitable[None]], clip: Path, state_dir: Path, delegates: tuple[str, ...] = (XNNPACK,)
-) -> None:
+    body: Callable[[Bench], Awaitable[None]],
+    clip: Path,
+    state_dir: Path,
+    delegates: tuple[str, ...] = (XNNPACK,),
+    exclusive: tuple[str, ...] = (),
+) -> Rig:
     async def with_bench(rig: Rig) -> None:
-        await body(Bench(rig, state_dir, delegates))
+        await body(Bench(rig, state_dir, delegates, exclusive))
 
-    run_rig(with_bench, clip, QUICK)
+    return run_rig(with_bench, clip, QUICK)
 
 
 def other_bytes(candidate: Candidate) -> Candidate:
@@ -112,7 +120,7 @@ def test_a_host_that_dies_in_the_self_test_is_the_devices_trouble(clip: Path, tm
 def test_a_source_that_is_away_rejects_no_release(clip: Path, tmp_path: Path, parts: Candidate) -> None:
     async def body(bench: Bench) -> None:
         await bench.rig.source.stop()
-        bench.rig.line._limits = replace(QUICK, load_timeout_s=1.0)
+        bench.rig.line._limits = replace(QUICK, load_timeout_s=6.0)  # the model must load meanwhile, whatever the load
         with pytest.raises(OtaError) as caught:
             await bench.host.activate(parts, await bench.host.self_test(parts))
         assert caught.value.reason is Reason.BUSY
@@ -265,3 +273,126 @@ def test_a_transform_without_a_host_does_not_blame_the_payload(clip: Path, tmp_p
             os.close(payload)
 
     run(body, clip, tmp_path)
+
+
+# -- hardware that one process alone may have open ---------------------------------------------------------------------
+
+
+class OneAtATime:
+    """Looks, whenever a worker is asked for, which others there are that may have the accelerator open."""
+
+    def __init__(self, bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.others: list[list[int]] = []
+        spawn = bench.rig.supervisor.spawn
+
+        async def watched(role: str, **options: int) -> Any:
+            if role in ("model", "trial") and bench.rig.supervisor.host is not None:
+                self.others.append(bench.rig.workers("model") + bench.rig.workers("trial"))
+            return await spawn(role, **options)
+
+        monkeypatch.setattr(bench.rig.supervisor, "spawn", watched)
+
+
+class OtherLine:
+    """A line that owns a delegate."""
+
+    def __init__(self, delegate: str) -> None:
+        self.delegate = delegate
+
+    def holds(self, delegate: str) -> bool:
+        return delegate == self.delegate
+
+
+def test_an_exclusive_delegate_is_never_open_twice_in_an_update_and_a_roll_back(
+    clip: Path, tmp_path: Path, parts: Candidate, newer: Candidate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def body(bench: Bench) -> None:
+        watched = OneAtATime(bench, monkeypatch)
+        await bench.host.activate(parts, await bench.host.self_test(parts))
+        await bench.rig.frames()
+        tested = await bench.host.self_test(newer)
+        await bench.host.activate(newer, tested)
+        await bench.rig.frames()
+        assert bench.rig.line.serving is not None
+        assert bench.rig.line.serving.candidate is newer
+        await bench.host.revert("parts", parts)
+        await bench.rig.frames()
+        assert bench.rig.line.serving.candidate is parts
+        assert len(watched.others) >= 4
+        assert not any(watched.others)
+        # the gaps of the update and of the way back
+        assert bench.rig.events.count("served_again") == 2
+        assert bench.host.owners() == {XNNPACK: "parts"}
+
+    run(body, clip, tmp_path, exclusive=(XNNPACK,)).account()
+
+
+def test_what_had_to_make_room_for_a_trial_that_failed_serves_again(
+    clip: Path, tmp_path: Path, parts: Candidate, newer: Candidate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def body(bench: Bench) -> None:
+        await bench.host.activate(parts, await bench.host.self_test(parts))
+        watched = OneAtATime(bench, monkeypatch)
+
+        async def refused(component: Any) -> int:
+            assert bench.rig.line.lent
+            told = report.conditions(bench.lines, {}, Record(), {"state": "connected"}, LastWords([]))
+            assert [condition["reason"] for condition in told] == ["lent"]
+            raise StoreError(Reason.IO_ERROR, "the store cannot be read")
+
+        with pytest.raises(StoreError):
+            await bench.host.self_test(replace(newer, opener=refused))
+        await bench.rig.until(lambda: bench.rig.line.serving is not None, 60)
+        assert bench.rig.line.serving is not None
+        assert bench.rig.line.serving.candidate is parts
+        await bench.rig.frames(timeout_s=60)
+        assert not bench.rig.line.lent
+        assert not any(watched.others)
+
+    run(body, clip, tmp_path, exclusive=(XNNPACK,))
+
+
+def test_a_trial_cut_off_while_it_has_the_accelerator_gives_it_back(
+    clip: Path, tmp_path: Path, parts: Candidate, newer: Candidate
+) -> None:
+    async def body(bench: Bench) -> None:
+        await bench.host.activate(parts, await bench.host.self_test(parts))
+        trial = asyncio.create_task(bench.host.self_test(newer))
+        await bench.rig.until(lambda: bench.rig.line.lent, 60)
+        trial.cancel()
+        await asyncio.gather(trial, return_exceptions=True)
+        await bench.rig.until(lambda: bench.rig.line.serving is not None, 60)
+        await bench.rig.frames(timeout_s=60)
+
+    run(body, clip, tmp_path, exclusive=(XNNPACK,))
+
+
+def test_a_delegate_that_another_line_owns_is_no_choice_and_no_fault_of_the_release(
+    clip: Path, tmp_path: Path, parts: Candidate
+) -> None:
+    async def body(bench: Bench) -> None:
+        bench.lines["other"] = OtherLine(XNNPACK)
+        for asked in (bench.host.choose(parts.release), bench.host.self_test(parts)):
+            with pytest.raises(Rejected) as caught:
+                await asked
+            assert caught.value.reason is Reason.BUSY
+            assert "other" in caught.value.message
+        assert not bench.host.exclusive(parts)
+        bench.rig.line.config = replace(bench.rig.line.config, delegates=(XNNPACK, "litert:cpu"))
+        assert (await bench.host.self_test(parts)).delegate == "litert:cpu"
+        del bench.lines["other"]
+        assert (await bench.host.choose(parts.release)).order
+
+    run(body, clip, tmp_path, exclusive=(XNNPACK,))
+
+
+def test_a_committed_release_whose_delegate_another_line_took_comes_back_on_one_that_is_left(
+    clip: Path, tmp_path: Path, parts: Candidate
+) -> None:
+    async def body(bench: Bench) -> None:
+        bench.knows(parts, XNNPACK, "litert:cpu")
+        bench.lines["other"] = OtherLine(XNNPACK)
+        await bench.host.resume(parts)
+        assert bench.delegate == "litert:cpu"
+
+    run(body, clip, tmp_path, (XNNPACK, "litert:cpu"), exclusive=(XNNPACK,))

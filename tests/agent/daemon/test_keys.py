@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from agent.daemon.keys import HPKE_KEY, STORAGE_KEY, TLS_KEY, CredentialKeys, FileKeys, provider
+from agent.daemon.keys import HPKE_KEY, STORAGE_KEY, TLS_KEY, CredentialKeys, FileKeys, open_keys, provider
+from agent.daemon.secretfile import read
 from agent.errors import CustodyError, Reason
+from ota.client.fsops import Disk, Fs
 
 
 @pytest.fixture
@@ -65,6 +68,40 @@ def test_an_unsafe_key_file_is_refused_without_showing_it(folder: Path, spoil: s
     assert caught.value.reason is Reason.KEY_UNSAFE
     assert caught.value.hint
     assert secret.hex() not in str(caught.value) + caught.value.hint
+
+
+def test_a_key_that_the_disk_does_not_give_back_is_a_reason_and_no_crash() -> None:
+    with pytest.raises(CustodyError) as caught:
+        read(Path("/proc/self/mem"), 32, 32)  # a plain file whose first byte is an input/output error
+    assert (caught.value.reason, bool(caught.value.hint)) == (Reason.KEY_UNSAFE, True)
+
+
+def test_the_folder_of_new_keys_is_durable_before_any_of_them_is_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done: list[tuple[str, str]] = []
+    for name in ("fsync_dir", "rename"):
+        real = getattr(Disk, name)
+
+        def noted(disk: Disk, *paths: str, name: str = name, real: Callable[..., None] = real) -> None:
+            done.append((name, paths[-1]))
+            real(disk, *paths)
+
+        monkeypatch.setattr(Disk, name, noted)
+    FileKeys(tmp_path / "keys").create()
+    assert done[:3] == [("fsync_dir", "."), ("rename", f"keys/{TLS_KEY}"), ("fsync_dir", "keys")]
+
+
+def test_another_root_secret_is_not_made_beside_a_ring_that_it_would_not_open(folder: Path, tmp_path: Path) -> None:
+    open_keys(FileKeys(folder), Fs(tmp_path))
+    secret = (folder / STORAGE_KEY).read_bytes()
+    (folder / STORAGE_KEY).unlink()
+    with pytest.raises(CustodyError) as caught:
+        FileKeys(folder).create()
+    assert (caught.value.reason, "reset" in caught.value.hint) == (Reason.KEY_MISSING, True)
+    (folder / STORAGE_KEY).write_bytes(secret)
+    (folder / STORAGE_KEY).chmod(0o600)
+    assert FileKeys(folder).create().storage == secret
 
 
 def test_a_missing_key_says_how_to_get_one(folder: Path) -> None:

@@ -26,7 +26,7 @@ def test_a_second_process_is_told_that_one_works_here(tmp_path: Path) -> None:
     with locked(tmp_path / "state"):
         done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode != 0
-    assert "another daemon uses" in done.stderr
+    assert "another process works on" in done.stderr
     subprocess.run(command, check=True)
 
 

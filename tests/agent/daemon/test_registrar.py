@@ -14,6 +14,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
 
 from agent import cli
 from agent.daemon import enroll, registrar
@@ -24,6 +27,7 @@ from ota import enrolment
 from ota.enrolment import Token
 from ota.errors import OtaError
 from ota.publisher import tokens
+from ota.publisher.certificates import certificate_pem
 from ota.publisher.create import create
 from ota.publisher.enroll import Places
 from ota.publisher.listener import Listener, Registrar, tls_context
@@ -161,6 +165,16 @@ def test_an_impostor_hears_no_secret(impostor: Impersonate, repository: Reposito
     assert not (tmp_path / "enrolment").exists()
 
 
+def test_no_word_of_a_server_that_proved_nothing_reaches_a_person(impostor: Impersonate) -> None:
+    lie = {"error": "device_revoked", "message": "your board is broken", "hint": "sudo rm -r /", "retry": False}
+    liar = impostor(http(json.dumps(lie).encode(), "403 No"))
+    with pytest.raises(OtaError) as caught:
+        registrar.fetch_ca(liar.where, Token("cam-1", bytes(24), bytes(32)))
+    told = caught.value
+    assert (told.reason.value, "HTTP 403" in told.message) == ("server_unreachable", True)
+    assert not any(word in told.message + told.hint for word in ("broken", "sudo"))
+
+
 @pytest.mark.parametrize(
     ("identity", "expected"),
     [
@@ -206,10 +220,116 @@ def test_every_wrong_answer_is_one_reason_and_a_hint(
     assert reason(lambda: registrar.enroll(liar.where, ca, "t", {})) == expected
 
 
+@pytest.mark.parametrize("start", [b"HTTP/1.0 200 OK\r\nX: ", b"HTTP/1.0 200 OK\r\nContent-Length: 9999\r\n\r\n"])
+def test_a_server_that_drips_its_answer_is_left(
+    start: bytes, authority: Authority, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(registrar, "ANSWER_S", 0.5)
+    identity = authority.issue("server", hosts=["127.0.0.1"])
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(identity.certificate, identity.key)
+    gone = threading.Event()
+
+    def drip(listening: socket.socket) -> None:
+        sock, _ = listening.accept()
+        with contextlib.suppress(OSError), context.wrap_socket(sock, server_side=True) as secured:
+            secured.sendall(start)
+            for _ in range(6000):
+                secured.sendall(b"x")
+                time.sleep(0.01)
+        gone.set()
+
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        threading.Thread(target=drip, args=(listening,), daemon=True).start()
+        where = Server("127.0.0.1", listening.getsockname()[1], "")
+        ca = Path(authority.ca).read_text()
+        with pytest.raises(OtaError) as caught:
+            registrar.enroll(where, ca, "t", {})
+        assert (caught.value.reason.value, "no answer in time" in caught.value.message) == ("server_unreachable", True)
+        assert gone.wait(60)
+
+
 @pytest.mark.parametrize("url", ["https://" + "a" * 70 + ":1", "https://a..b:1", "https://127.0.0.1:1/\u00fc"])
 def test_an_address_that_cannot_be_asked_is_a_reason_and_no_crash(url: str) -> None:
     where = registrar.parse_server(url)
     assert reason(lambda: registrar.fetch_ca(where, Token("cam-1", bytes(24), bytes(32)))) == "server_unreachable"
+
+
+@pytest.mark.parametrize("damage", ["empty", "cut", "folder"])
+def test_a_damaged_enrolment_says_which_file_and_the_way_out_of_it_works(
+    damage: str, server: Server, repository: Repository, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    device = f"broken-{damage}"
+    (tmp_path / "agent.toml").write_text('state_dir = "state"\n')
+    config = ["--config", str(tmp_path / "agent.toml")]
+    enrol = ["enroll", *config, "--server", server.url, "--token"]
+    assert cli.main([*enrol, tokens.make(repository, device).text]) == 0
+    kept = tmp_path / "state" / "enrolment" / "bundle.json"
+    whole = kept.read_bytes()
+    kept.write_bytes(b"" if damage == "empty" else whole[:500])
+    if damage == "folder":
+        kept.unlink()
+        kept.mkdir()
+    (tmp_path / "again.json").write_bytes(whole)
+    assert reason(lambda: enroll.load(tmp_path / "state")) == "bad_bundle"
+    capsys.readouterr()
+    assert cli.main(["enroll", "--bundle", str(tmp_path / "again.json"), *config]) == 65
+    said = capsys.readouterr().err
+    assert (str(kept) in said, "edge-agent reset" in said, "[bad_bundle]" in said) == (True, True, True)
+    assert cli.main(["reset", "--yes", *config]) == 0
+    assert cli.main([*enrol, tokens.make(repository, device, replace=True).text]) == 0
+
+
+def test_a_later_certificate_of_the_authority_is_kept_and_a_token_of_it_is_good_for_an_enrolled_device(
+    server: Server, repository: Repository, tmp_path: Path
+) -> None:
+    made = tokens.make(repository, "cam-ca")
+    keys = FileKeys(tmp_path / "keys").create()
+    done = enroll.by_token(server.url, made.text, keys, tmp_path)
+    later = certificate_pem(repository.authority.renew(repository.now().replace(microsecond=0), 8000))
+    assert enroll.keep_authority(later, tmp_path)
+    assert not enroll.keep_authority(later, tmp_path)
+    assert enroll.load(tmp_path) == done
+    assert done.ca.read_text() == later
+    again = tokens.make(repository, "cam-ca", replace=True)
+    assert enroll.by_token(server.url, again.text, keys, tmp_path) == done
+    # under either of the two what was issued before holds
+    assert registrar.fetch_ca(server, enrolment.parse_token(made.text)) == later
+
+
+@pytest.mark.parametrize("kind", ["key", "name", "earlier", "not itself", "two", "none"])
+def test_nothing_but_a_later_certificate_of_the_same_authority_is_kept(
+    kind: str, server: Server, repository: Repository, tmp_path: Path
+) -> None:
+    made = tokens.make(repository, f"cam-{kind[:4].strip()}")
+    done = enroll.by_token(server.url, made.text, FileKeys(tmp_path / "keys").create(), tmp_path)
+    before = done.ca.read_text()
+    signer = serialization.load_pem_private_key((repository.path / "keys" / "ca.key").read_bytes(), None)
+    assert isinstance(signer, ec.EllipticCurvePrivateKey)
+    stranger = ec.generate_private_key(ec.SECP256R1())
+    name = x509.load_pem_x509_certificate(before.encode()).subject
+    other = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "edge-ota other")])
+    issuer = other if kind == "name" else name
+    key = stranger if kind == "key" else signer
+    builder = x509.CertificateBuilder().subject_name(issuer).issuer_name(issuer).public_key(key.public_key())
+    now = datetime.datetime.now(datetime.UTC)
+    builder = builder.serial_number(7).not_valid_before(now)
+    builder = builder.not_valid_after(now + datetime.timedelta(days=10 if kind == "earlier" else 9000))
+    signed = builder.sign(stranger if kind == "not itself" else key, hashes.SHA256())
+    pem = "nothing" if kind == "none" else certificate_pem(signed) * (2 if kind == "two" else 1)
+    assert reason(lambda: enroll.keep_authority(pem, tmp_path)) == "bad_bundle"
+    assert done.ca.read_text() == before
+    assert enroll.load(tmp_path) == done
+
+
+def test_a_request_that_cannot_be_written_says_where_it_was_to_go(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "agent.toml").write_text('state_dir = "state"\n')
+    out = tmp_path / "absent" / "request.json"
+    assert cli.main(["enroll", "--config", str(tmp_path / "agent.toml"), "--device", "cam-1", "--out", str(out)]) == 64
+    said = capsys.readouterr().err
+    assert (f"cannot write {out}" in said, "without --out" in said) == (True, True)
 
 
 def test_a_device_under_another_id_is_reset_before_it_is_enrolled(

@@ -18,7 +18,7 @@ from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 from agent.daemon.certificate import validity
 from agent.daemon.enroll import Enrolment
 from agent.daemon.registrar import Expelled, Wanted
-from agent.daemon.renewal import Orders, Policy, Renewal
+from agent.daemon.renewal import Orders, Policy, Renewal, requested
 from ota.client.fsops import Fs
 from ota.client.keyring import COPY, Keyring, TlsIdentity
 from ota.errors import BrokerError, OtaError, Reason, StoreError
@@ -226,6 +226,24 @@ def test_a_broker_that_refuses_for_long_costs_no_key_that_grants_were_made_for(d
     device.mono += 62 * DAY.total_seconds()
     device.step(2)
     assert device.ring.ring.hpke[0] != first
+
+
+def test_a_request_that_a_rotation_began_is_sent_long_before_the_certificate_is_due(device: Device) -> None:
+    device.step()
+    assert device.asked == []
+    before = device.ring.ring.hpke[0]
+    device.ring.update(lambda ring: requested(ring, "cam-1", hpke=True))
+    device.server = failing(Reason.SERVER_UNREACHABLE)
+    assert device.step() > 0
+    device.boot()
+    device.server = device.grant
+    device.step(2)
+    private = X25519PrivateKey.from_private_bytes(device.ring.ring.hpke[0])
+    assert [wanted.hpke_public for wanted in device.asked] == [private.public_key().public_bytes_raw()] * 2
+    assert device.ring.ring.hpke[1] == before
+    assert (device.ring.ring.tls is not None, device.ring.ring.tls_trial) == (True, None)
+    device.step(3)
+    assert len(device.asked) == 2
 
 
 def test_a_clock_that_is_far_ahead_does_not_renew_without_end(device: Device) -> None:

@@ -6,20 +6,21 @@ import asyncio
 import errno
 import json
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from agent import client, config
+from agent import client, config, service
 from agent.daemon import askers, reset, revoked
 from agent.daemon.enrolling import opened
 from agent.daemon.keys import FileKeys
 from agent.errors import ConfigError, ControlError
 from ota.client import keyring
 from ota.client.fsops import Fs
-from ota.errors import StoreError
+from ota.errors import OtaError, StoreError
 
 CANARY = b"what the old owner would not like to leave"
 
@@ -169,6 +170,51 @@ def test_a_technician_may_not_reset_an_expelled_device(tmp_path: Path, monkeypat
         assert reset.pending(tmp_path) is operator
 
 
+def test_whatever_an_expelled_device_is_asked_it_says_why_it_does_not(tmp_path: Path) -> None:
+    (tmp_path / "agent.toml").write_text('state_dir = "."\nrun_dir = "run"\n')
+    loaded = config.load(tmp_path / "agent.toml")
+    revoked.mark(tmp_path)
+    asked = ["/cancel", "/check", "/config", "/keys/rotate", "/keys/seal", "/retry", "/rollback", "/sideload"]
+
+    async def ask() -> None:
+        device = revoked.RevokedDevice(loaded, {})
+        serving = asyncio.create_task(device.serve())
+        try:
+            while not loaded.control_socket.exists():
+                await asyncio.sleep(0.01)
+            for method, path in [("GET", "/keys"), ("GET", "/config"), *(("POST", path) for path in asked)]:
+                with pytest.raises(OtaError) as caught:
+                    await asyncio.to_thread(client.ask, loaded, method, path)
+                assert (caught.value.reason.value, caught.value.hint) == ("device_revoked", revoked.HINT), path
+        finally:
+            device.leaving.set()
+            await serving
+
+    asyncio.run(ask())
+
+
+def test_an_operator_who_may_not_look_into_the_state_directory_can_wait_for_the_end_of_a_reset(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "agent.toml").write_text('state_dir = "state/inner"\n')
+    loaded = config.load(tmp_path / "agent.toml")
+    (tmp_path / "state" / "inner").mkdir(parents=True)
+    answers = iter([True, False])
+    monkeypatch.setattr(client, "daemon_runs", lambda _: next(answers))
+    (tmp_path / "state").chmod(0o000)
+    user = os.geteuid()
+    if user == 0:
+        os.seteuid(65534)
+    try:
+        with pytest.raises(PermissionError):
+            reset.pending(loaded.state_dir)
+        client.wait_until_gone(loaded)
+    finally:
+        os.seteuid(user)
+        (tmp_path / "state").chmod(0o700)
+    assert next(answers, None) is None
+
+
 def test_the_record_of_a_reset_names_the_owner_only_when_it_stays_his(tmp_path: Path) -> None:
     for owner in (True, False):
         state = tmp_path / str(owner)
@@ -216,6 +262,29 @@ def test_every_cut_of_an_expulsion_ends_in_an_expelled_device(tmp_path: Path, mo
         assert [path.name for path in (state / "keys").iterdir()] == ["wiped"]
         assert list((state / "store").iterdir()) == []
     assert number > 10
+
+
+def test_beside_a_dead_daemon_an_expelled_device_opens_no_key_although_a_cut_spared_them(tmp_path: Path) -> None:
+    """The cut came between the mark and the end of the keys, and the daemon was not started since."""
+    state = tmp_path / "state"
+    loaded = config.parse({"state_dir": str(state), "run_dir": str(tmp_path / "run")}, tmp_path / "agent.toml")
+
+    def install() -> object:
+        asker = askers.of_user(os.getuid())
+        beside = service.sideload_beside(loaded, {}, tmp_path, asker, allow_expired=False)
+        return asyncio.run(beside)
+
+    def show() -> object:
+        return service.keys_once(loaded, {}, "show", storage=True, hpke=False, keep_tls=False)
+
+    for act in (install, show):
+        FileKeys(state / "keys").create()
+        Fs(state).write_atomic(revoked.MARK, b'{"v":1}')
+        with pytest.raises(ControlError) as caught:
+            act()
+        assert (caught.value.reason.value, caught.value.hint) == ("device_revoked", revoked.HINT)
+        assert [path.name for path in (state / "keys").iterdir()] == ["wiped"]
+        shutil.rmtree(state)
 
 
 def test_an_expelled_device_is_not_enrolled_again_before_it_was_reset(tmp_path: Path) -> None:

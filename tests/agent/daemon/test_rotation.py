@@ -10,6 +10,7 @@ import os
 import shutil
 import ssl
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,16 +21,17 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
 from agent.daemon import custody, keys
+from agent.daemon.enroll import Enrolment
 from agent.daemon.keys import CredentialKeys, FileKeys, OpenKeys, open_keys, provider
 from agent.daemon.lifecycle import _Line
 from agent.daemon.rotation import Rotation
 from agent.errors import ControlError, CustodyError, Reason
 from ota.client import keyring, memfd
 from ota.client.fsops import Fs
-from ota.client.keyring import Keyring, Ring, TlsIdentity
+from ota.client.keyring import Ring, TlsIdentity
 from ota.client.store import Store
+from ota.errors import OtaError, StoreError
 from ota.errors import Reason as OtaReason
-from ota.errors import StoreError
 from ota.mqtt import Tls
 from ota.payload import key_id
 
@@ -44,6 +46,10 @@ class Kept:
         self.secrets = {name: (state / "keys" / name).read_bytes() for name in keys.SECRETS}
         (state / "enrolment").mkdir()
         (state / "enrolment" / "device.crt").write_bytes(b"-----BEGIN CERTIFICATE-----\n")
+        folder = state / "enrolment"
+        self.enrolment = Enrolment(
+            "cam-1", "edge", "b", 1, folder / "device.crt", folder / "ca.crt", b"root", renewal="https://r:1"
+        )
         self.events: list[Mapping[str, Any]] = []
 
     def hand_over(self, *names: str) -> Path:
@@ -60,14 +66,18 @@ class Kept:
         source = provider(self.state, {"CREDENTIALS_DIRECTORY": str(folder)} if folder else {})
         return source, open_keys(source, self.fs)
 
-    def rotation(self, folder: Path | None = None) -> Rotation:
-        source, opened = self.opened(folder)
+    def rotation(
+        self, folder: Path | None = None, *, source: keys.KeyProvider | None = None, opened: OpenKeys | None = None
+    ) -> Rotation:
+        """Over what `opened` gave before, or gives now."""
+        if source is None or opened is None:
+            source, opened = self.opened(folder)
         store = Store(self.fs, opened.device.storage, 0, opened.device.retired_storage)
 
         def report(kind: str, facts: Mapping[str, Any], *, alarm: bool = False) -> None:
             self.events.append({"kind": kind, "alarm": alarm, **facts})
 
-        return Rotation(source, opened, self.fs, store, self.state / "enrolment" / "device.crt", report)
+        return Rotation(source, opened, self.fs, store, self.enrolment, report)
 
     @property
     def files(self) -> list[str]:
@@ -225,9 +235,11 @@ def test_sealing_needs_a_credential_and_a_sealed_device_takes_no_new_key_files(k
     assert refused.value.reason is Reason.BAD_USAGE
     assert kept.files == ["device.key", "hpke.key", "ring.cbs", "ring.copy.cbs", "storage.key"]
     asyncio.run(kept.rotation(kept.hand_over("storage.key")).seal(keep_tls=False))
-    with pytest.raises(CustodyError) as unsafe:
-        FileKeys(kept.state / "keys").create()
-    assert unsafe.value.reason is Reason.KEY_UNSAFE
+    files = FileKeys(kept.state / "keys")
+    for take in (files.create, files.load):  # for a request, and for a bundle
+        with pytest.raises(CustodyError) as unsafe:
+            take()
+        assert (unsafe.value.reason, "reset" in unsafe.value.hint) == (Reason.KEY_UNSAFE, True)
 
 
 def test_a_wiped_device_opens_nothing_whatever_the_service_manager_hands_over(kept: Kept) -> None:
@@ -256,15 +268,58 @@ def test_a_wiped_device_opens_nothing_whatever_the_service_manager_hands_over(ke
 
 def test_a_rotated_hpke_key_is_the_updaters_at_once_and_the_oldest_is_forgotten(kept: Kept) -> None:
     source, opened = kept.opened()
-    rotation = Rotation(source, opened, kept.fs, Store(kept.fs, opened.device.storage, 0), kept.state, _silent)
-    made = [asyncio.run(rotation.rotate(storage=False, hpke=True))["hpke"] for _ in range(3)]
+    rotation = kept.rotation(source=source, opened=opened)
+    made = []
+    for _ in range(3):
+        made.append(asyncio.run(rotation.rotate(storage=False, hpke=True))["hpke"])
+        assert made[-1] in opened.device.hpke
+        told(opened)
     assert set(opened.device.hpke) == set(made)
     assert asyncio.run(rotation.show())["hpke"] == made[::-1]
-    assert isinstance(opened.keyring, Keyring)
 
 
-def _silent(kind: str, facts: Mapping[str, Any], *, alarm: bool = False) -> None:
-    pass
+def told(opened: OpenKeys) -> None:
+    """What a renewal leaves that went through."""
+    assert opened.keyring is not None
+    opened.keyring.update(lambda ring: replace(ring, tls=ring.tls_trial, tls_trial=None))
+
+
+def test_the_key_that_the_server_knows_is_kept_however_often_it_is_rotated_meanwhile(kept: Kept) -> None:
+    source, opened = kept.opened()
+    enrolled = key_id(kept.enrolled.hpke.public_key().public_bytes_raw())
+    rotation = kept.rotation(source=source, opened=opened)
+    first = asyncio.run(rotation.rotate(storage=False, hpke=True))["hpke"]
+    for _ in range(3):
+        with pytest.raises(OtaError) as refused:
+            asyncio.run(rotation.rotate(storage=False, hpke=True))
+        assert (refused.value.reason, refused.value.retry, bool(refused.value.hint)) == (OtaReason.BUSY, True, True)
+    assert list(kept.opened()[1].device.hpke) == [first, enrolled]
+    # answered, and the certificate waits for its trial: still none more
+    assert opened.keyring is not None
+    certificate = TlsIdentity(b"key", b"-----BEGIN CERTIFICATE-----")
+    opened.keyring.update(lambda ring: replace(ring, tls_trial=certificate))
+    with pytest.raises(OtaError):
+        asyncio.run(rotation.rotate(storage=False, hpke=True))
+
+
+def test_without_a_server_that_learns_of_it_no_hpke_key_is_rotated(kept: Kept) -> None:
+    kept.enrolment = replace(kept.enrolment, renewal="")
+    before = list(kept.opened()[1].device.hpke)
+    with pytest.raises(ControlError) as refused:
+        asyncio.run(kept.rotation().rotate(storage=True, hpke=True))
+    assert (refused.value.reason, bool(refused.value.hint)) == (Reason.BAD_USAGE, True)
+    assert list(kept.opened()[1].device.hpke) == before
+
+
+def test_a_connection_after_sealing_still_has_its_key_although_the_file_is_gone(kept: Kept) -> None:
+    (kept.state / "enrolment" / "device.crt").write_bytes(_self_signed(kept.secrets["device.key"]))
+    handed = kept.hand_over("storage.key")
+    source, opened = kept.opened(handed)
+    assert opened.tls is not None
+    asyncio.run(kept.rotation(source=source, opened=opened).seal(keep_tls=False))
+    assert "device.key" not in kept.files
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.load_cert_chain(kept.enrolment.certificate, opened.tls.key)
 
 
 def test_what_is_missing_is_an_alarm_and_a_rotation_impossible(kept: Kept) -> None:

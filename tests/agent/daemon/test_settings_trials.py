@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import errno
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from agent import config
+from agent import config, service
 from agent.daemon.settings import Chosen, SettingsTrials, Working, choose, file_sha256
 from ota.client.configuration import Configuration
-from ota.client.fsops import Fs
+from ota.client.fsops import Disk, Fs
 from ota.client.journal import Journal
 from ota.client.settings import Origin, State
+from ota.errors import Reason, StoreError
 
 OWN = """\
 state_dir = "state"
@@ -96,6 +98,52 @@ def on_trial(tmp_path: Path, *expect: str) -> Daemon:
     daemon.trials.chosen = choose(own, file_sha256(own), daemon.kept, 3, restarted=False)
     daemon.trials.start()
     return daemon
+
+
+def test_a_disk_that_refuses_is_not_asked_every_second(daemon: Daemon, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[float] = []
+
+    def full(*_: object) -> str:
+        asked.append(daemon.now)
+        raise StoreError(Reason.NO_SPACE, "config: No space left on device")
+
+    monkeypatch.setattr(daemon.kept, "propose", full)
+    daemon.trials.fleet_wants(WANTED)
+    for daemon.now in range(61):
+        daemon.trials.tick()
+    assert asked == [0, 30, 60]
+    monkeypatch.undo()
+    daemon.now = 90
+    daemon.trials.tick()
+    assert daemon.kept.record.state is State.TRIAL
+
+
+class FullDisk(Disk):
+    """Has room for nothing, and can be read."""
+
+    def write(self, path: str, offset: int, data: bytes) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+
+@pytest.mark.parametrize("changed", [False, True])
+def test_a_full_disk_puts_a_trial_off_and_keeps_no_device_from_serving(
+    daemon: Daemon, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changed: bool
+) -> None:
+    daemon.trials.propose(WANTED, Origin.PERSON)
+    if changed:
+        (tmp_path / "agent.toml").write_text(OWN + "# by hand\n")
+    own = config.load(tmp_path / "agent.toml")
+    full = Fs(FullDisk(tmp_path / "state"))
+    with monkeypatch.context() as patched:
+        patched.setattr(service, "_kept", lambda _: Configuration(full, Journal(full)))
+        chosen = service._choose(own, file_sha256(own), True)
+    assert (chosen.config, chosen.trial, chosen.sha256) == (own, False, "")
+    # a daemon that runs without the settings on trial is held up by nothing
+    daemon.trials.chosen, daemon.trials._ends = chosen, False
+    daemon.trials.tick()
+    assert not daemon.trials.on_trial
+    again = service._choose(own, file_sha256(own), True)
+    assert again.trial is not changed
 
 
 def test_a_trial_passes_when_everything_expected_has_held_for_two_seconds(tmp_path: Path) -> None:

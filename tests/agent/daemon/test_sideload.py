@@ -9,6 +9,7 @@ import http.client
 import json
 import os
 import pwd
+import shutil
 import socket
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from agent.daemon import askers, audit
+from agent.daemon import askers, audit, sideload
 from agent.daemon.askers import Asker
 from agent.daemon.audit import MAX_RECORDS, Audit
 from agent.daemon.control import ControlServer, Reply, asker, json_reply
@@ -25,6 +26,7 @@ from agent.daemon.telemetry import Batch, Clocks, Telemetry
 from agent.daemon.updates import LastWords
 from agent.errors import ControlError, Reason
 from ota.client.fsops import Disk, Fs
+from ota.client.ports import Transport
 from ota.errors import OtaError, StoreError
 from ota.errors import Reason as OtaReason
 from tests.ota.client.stickfleet import Device, Fleet
@@ -45,7 +47,13 @@ class Bench:
         self.audit = Audit(Fs(disk or self.device.state))
         self.updater = self.device.updater()
         self.sideloads = Sideloads(
-            self.updater, LastWords(), "cam-1", self.device.stick_root, self.audit, self.telemetry, lambda: NOW
+            self.updater,
+            LastWords(["person"]),
+            "cam-1",
+            self.device.stick_root,
+            self.audit,
+            self.telemetry,
+            lambda: NOW,
         )
 
     def install(self, path: Path, who: Asker = TECHNICIAN, **options: bool) -> dict[str, str]:
@@ -62,6 +70,20 @@ class Bench:
 @pytest.fixture
 def bench(tmp_path: Path) -> Bench:
     return Bench(tmp_path)
+
+
+def test_while_settings_are_on_trial_no_stick_is_begun(bench: Bench) -> None:
+    stick, on_trial = bench.fleet.stick("cam-1", ".zip"), [True]
+    bench.sideloads = Sideloads(
+        bench.updater, LastWords(["person"]), "cam-1", bench.device.stick_root, bench.audit, bench.telemetry,
+        lambda: NOW, lambda: on_trial[0],
+    )  # fmt: skip
+    with pytest.raises(OtaError) as caught:
+        bench.install(stick)
+    assert (caught.value.reason, bench.audit.records()) == (OtaReason.BUSY, [])
+    on_trial.clear()
+    on_trial.append(False)
+    assert bench.install(stick) == {"person": "1.0.0 committed"}
 
 
 def test_an_installation_whose_end_cannot_be_noted_is_told_as_it_was(
@@ -103,6 +125,25 @@ def test_a_refused_stick_is_kept_with_its_reason(bench: Bench, tmp_path: Path) -
 
 
 @pytest.mark.fault("F63")
+def test_a_stick_that_is_unmounted_after_the_first_look_is_no_success(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The place of a stick is an empty folder then, and an empty folder assigns nothing."""
+    stick = bench.fleet.stick("cam-1")
+    genuine = sideload.check_names
+
+    async def check_names(transport: Transport, device: str) -> None:
+        await genuine(transport, device)
+        shutil.rmtree(stick / "devices")
+
+    monkeypatch.setattr(sideload, "check_names", check_names)
+    with pytest.raises(OtaError) as refused:
+        bench.install(stick)
+    assert refused.value.reason is OtaReason.NOT_FOR_THIS_DEVICE
+    assert "mounted" in refused.value.hint
+    assert [record.outcome for record in bench.audit.records()] == ["not_for_this_device"]
+
+
 def test_only_an_operator_sets_a_date_aside_and_that_is_recorded(bench: Bench) -> None:
     stick = bench.fleet.stick("cam-1")
     bench.device.clock.advance(days=300)

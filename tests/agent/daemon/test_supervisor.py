@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 import signal
+import socket
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -125,5 +127,43 @@ def test_a_host_in_a_unit_that_is_not_there_is_named(tmp_path: Path, monkeypatch
                 await supervisor.spawn("transform")
             assert caught.value.reason is Reason.WORKER_UNAVAILABLE
             assert "edge-worker.service" in caught.value.message
+
+    asyncio.run(main())
+
+
+class OutOfDescriptors:
+    """A listening socket that can answer from the second time on."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self.sock = sock
+        self.asked = 0
+
+    def fileno(self) -> int:
+        return self.sock.fileno()
+
+    def accept(self) -> tuple[socket.socket, object]:
+        self.asked += 1
+        if self.asked == 1:
+            raise OSError(errno.EMFILE, "Too many open files")
+        return self.sock.accept()
+
+    def close(self) -> None:
+        self.sock.close()
+
+
+def test_a_host_that_cannot_be_answered_for_want_of_descriptors_is_answered_a_little_later(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with running(tmp_path / "worker.sock") as supervisor:
+            assert supervisor._listener is not None
+            asyncio.get_running_loop().remove_reader(supervisor._listener)
+            supervisor._listener = short = OutOfDescriptors(supervisor._listener)  # type: ignore[assignment]
+            supervisor._listen_on()
+            with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as host:
+                host.connect(str(tmp_path / "worker.sock"))
+                async with asyncio.timeout(60):
+                    while supervisor._channel is None:
+                        await asyncio.sleep(0.01)
+            # asked again after a pause, not as fast as it can
+            assert short.asked == 2
 
     asyncio.run(main())

@@ -12,7 +12,7 @@ import pytest
 
 from agent.config import parse
 from agent.daemon import updates
-from agent.daemon.updates import UpdateLoop, limits_of, serve_later, worth_repeating
+from agent.daemon.updates import LastWords, UpdateLoop, limits_of, serve_later, worth_repeating
 from ota.client.ports import UpdateEvent
 from ota.errors import OtaError, Reason
 
@@ -103,12 +103,12 @@ def test_a_probation_ends_by_itself_before_it_is_ended() -> None:
     assert limits_of(update).probation_timeout_s > 2 * host_s
 
 
-@pytest.mark.parametrize(("last", "tries"), [(None, 4), (Reason.GOLDEN_MISMATCH, 4)])
-def test_a_line_that_found_the_device_busy_is_served_later(
-    monkeypatch: pytest.MonkeyPatch, last: Reason | None, tries: int
+@pytest.mark.parametrize("last", [None, Reason.NO_DELEGATE, Reason.INCOMPATIBLE])
+def test_a_committed_release_that_cannot_be_served_yet_is_served_later_whatever_it_was_that_may_pass(
+    monkeypatch: pytest.MonkeyPatch, last: Reason | None
 ) -> None:
     monkeypatch.setattr(updates, "RETRY_S", (0.001, 0.002))
-    answers: list[Reason | None] = [Reason.BUSY, Reason.BUSY, Reason.BUSY, last]
+    answers = [Reason.BUSY, Reason.STATE_TIMEOUT, Reason.WORKER_HUNG, Reason.IO_ERROR, last]
     asked: list[int] = []
 
     async def serve() -> None:
@@ -118,4 +118,11 @@ def test_a_line_that_found_the_device_busy_is_served_later(
             raise OtaError(reason, "not served")
 
     asyncio.run(serve_later(serve, random.Random(1)))
-    assert len(asked) == tries
+    assert len(asked) == len(answers)
+
+
+def test_of_lines_that_somebody_makes_up_no_last_word_is_kept() -> None:
+    words = LastWords(["parts"])
+    for line in ("parts", "*", *(f"line-{number}" for number in range(1000))):
+        words.add(UpdateEvent(line, "1.0.0", "idle", "rejected", Reason.INCOMPATIBLE))
+    assert set(words.now) == set(words.ended) == {"parts", "*"}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -59,8 +59,29 @@ def broker(tmp_path: Path, authority: Authority) -> Iterator[Broker]:
         yield running
 
 
+MakeOperator = Callable[[Broker], Operator]
+
+
 @pytest.fixture
-def operator(broker: Broker, authority: Authority) -> Iterator[Operator]:
+def make_operator(authority: Authority) -> Iterator[MakeOperator]:
+    """Connects an operator to a broker."""
+    made: list[Operator] = []
+
+    def make(broker: Broker) -> Operator:
+        made.append(_operator(broker, authority))
+        return made[-1]
+
+    yield make
+    for operator in made:
+        operator.mqtt.close(0.2)
+
+
+@pytest.fixture
+def operator(broker: Broker, make_operator: MakeOperator) -> Operator:
+    return make_operator(broker)
+
+
+def _operator(broker: Broker, authority: Authority) -> Operator:
     identity = authority.issue("ota_operator")
     inbox = Inbox(limit_messages=100_000, limit_bytes=100_000_000)
     suffixes = ("status", "reported", "evt", "tele")
@@ -77,5 +98,4 @@ def operator(broker: Broker, authority: Authority) -> Iterator[Operator]:
     mqtt.start()
     made = Operator(mqtt, inbox)
     made.wait_connected()
-    yield made
-    mqtt.close(0.2)
+    return made

@@ -25,7 +25,7 @@ from tests.fakes.blockserver import DEVICE_DOCUMENT, BlockServerProcess
 from tests.fakes.broker import Authority, Broker, free_port
 from tests.fakes.broker import Identity as Certificate
 
-from .conftest import Operator
+from .conftest import MakeOperator, Operator
 
 # The link in a process that can be killed: arguments are CA, certificate, key and port.
 _LINK_PROCESS = """
@@ -263,6 +263,28 @@ def test_offline_memory_is_bounded_and_the_loss_is_told(
             assert len(seqs) == 5000 - int(first["lost"]["2"])
 
     asyncio.run(main())
+
+
+def test_telemetry_reaches_a_broker_that_takes_small_packets_only(
+    tmp_path: Path, authority: Authority, certificate: Certificate, make_operator: MakeOperator
+) -> None:
+    server = authority.issue("broker", hosts=["127.0.0.1"])
+    with Broker(tmp_path / "small", server, options={"max_packet_size": "20000"}) as broker:
+        operator = make_operator(broker)
+
+        async def main() -> None:
+            daemon = Daemon()
+            for seq in range(2000):
+                daemon.telemetry.result("person", _result(seq))
+            async with _running(daemon.link(certificate, broker.port)) as link:
+                seqs: list[int] = []
+                while len(seqs) < 2000:
+                    batch = json.loads(await asyncio.to_thread(operator.next, "tele"))
+                    seqs += [row[0] for row in batch["results"]]
+                assert seqs == list(range(2000))
+                assert link.status()["counts"]["oversize"] == 0
+
+        asyncio.run(main())
 
 
 @pytest.mark.parametrize(

@@ -134,6 +134,30 @@ def test_a_batch_that_was_not_taken_is_offered_again_unchanged_and_nothing_overt
     assert [json.loads(batch.payload)["n"] for batch in taken] == [1, 2]
 
 
+def test_a_broker_of_small_packets_gets_small_batches_and_what_is_too_large_for_it_holds_up_nothing() -> None:
+    telemetry = _telemetry()
+    telemetry.event("alarm", {"text": "x" * 20_000}, alarm=True)
+    telemetry.event("alarm", {"text": "small"}, alarm=True)
+    for seq in range(300):
+        telemetry.result("person", _result(seq))
+    refused: list[Batch] = []
+    telemetry.flush(lambda batch: refused.append(batch) is not None)
+    assert len(refused[0].payload) > 16_000, "made for a broker that takes large packets"
+    taken: list[Batch] = []
+    while telemetry.flush(lambda batch: taken.append(batch) is None, room_bytes=8000):
+        pass
+    assert max(len(batch.payload) for batch in taken) <= 8000
+    events = [event for batch in taken if batch.suffix == "evt" for event in json.loads(batch.payload)["events"]]
+    seqs = [row[0] for batch in taken if batch.suffix == "tele" for row in json.loads(batch.payload)["results"]]
+    assert seqs == list(range(300))
+    assert telemetry.lost[ALARM] + len(events) == 2
+    assert json.loads(taken[0].payload)["lost"] == {str(ALARM): telemetry.lost[ALARM]}
+    telemetry.event("alarm", {"text": "x" * 20_000}, alarm=True)
+    telemetry.event("alarm", {"text": "small"}, alarm=True)
+    assert telemetry.flush(lambda batch: taken.append(batch) is None, room_bytes=8000) == 1
+    assert json.loads(taken[-1].payload)["events"][0]["facts"] == {"text": "small"}
+
+
 @pytest.mark.fault("F85")
 def test_offline_the_oldest_results_go_first_then_events_and_alarms_stay() -> None:
     telemetry = _telemetry(TelemetryLimits(waiting_bytes=60_000, alarms_bytes=10_000, batch_bytes=8192))

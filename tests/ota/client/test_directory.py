@@ -7,7 +7,10 @@ import errno
 import os
 import shutil
 import socket
+import subprocess
+import sys
 import threading
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,7 +19,9 @@ import pytest
 from ota.client.limits import Limits
 from ota.client.transports import stick as stick_transport
 from ota.client.transports.directory import DirectoryTransport
+from ota.client.transports.zip import ZipTransport
 from ota.errors import OtaError, Reason
+from tests.contract.test_transports import pack
 from tests.ota.client.conftest import DEVICE, LINE, Device, run
 from tests.ota.client.simulator import LATER, PAST, Simulator, sha256
 
@@ -227,6 +232,94 @@ def test_a_stick_that_hangs_keeps_no_thread_from_the_rest_of_the_daemon(
         assert await asyncio.gather(*reads) == [bytes(10)] * 64
 
     run(scenario())
+
+
+@pytest.mark.fault("F60")
+@pytest.mark.parametrize("zipped", [False, True], ids=["directory", "zip"])
+def test_a_bad_sector_in_the_middle_of_a_block_is_told_at_once_as_what_it_is(
+    committed: Device, stick: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, zipped: bool
+) -> None:
+    """The kernel gives what lies before the sector, as if the file ended there, and the error at the next read."""
+    genuine, place = os.pread, pack(stick, tmp_path / "stick.zip") if zipped else stick
+    bad, failed = 100_000, 0
+    if zipped:
+        with zipfile.ZipFile(place) as archive:
+            bad += archive.getinfo(f"payloads/{_payload(committed, stick).name}").header_offset
+
+    def pread(fd: int, length: int, offset: int) -> bytes:
+        nonlocal failed
+        large = os.fstat(fd).st_size > 150_000 and str(tmp_path) in os.readlink(f"/proc/self/fd/{fd}")
+        if not large or "state" in os.readlink(f"/proc/self/fd/{fd}") or not offset <= bad < offset + length:
+            return genuine(fd, length, offset)
+        if offset == bad:
+            failed += 1
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return genuine(fd, bad - offset, offset)
+
+    updater = committed.reboot()
+    monkeypatch.setattr(os, "pread", pread)
+    event = run(updater.sideload(place))[-1]
+    assert (event.outcome, event.reason, committed.serving) == ("failed", Reason.SOURCE_UNREACHABLE, "1.0.0")
+    assert "another stick" in event.hint
+    assert failed < 4
+    monkeypatch.undo()
+    assert run(updater.sideload(place))[-1].outcome == "committed"
+
+
+@pytest.mark.parametrize(
+    ("error", "advice"),
+    [
+        (errno.EACCES, "readable for everybody"),
+        (errno.EPERM, "readable for everybody"),
+        (errno.ENOENT, "below /media or /mnt"),
+        (errno.EIO, "another stick"),
+        (errno.ENOTCONN, "still plugged in"),
+    ],
+    ids=["EACCES", "EPERM", "ENOENT", "EIO", "ENOTCONN"],
+)
+def test_what_to_do_about_a_stick_that_cannot_be_read_depends_on_why(
+    stick: Path, monkeypatch: pytest.MonkeyPatch, error: int, advice: str
+) -> None:
+    def fails(*_: object, **__: object) -> int:
+        raise OSError(error, os.strerror(error))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "stat", fails)
+        with pytest.raises(OtaError) as refusal:
+            stick_transport.open_stick(stick, DEVICE)
+    assert (refusal.value.reason, advice in refusal.value.hint) == (Reason.SOURCE_UNREACHABLE, True)
+    for transport in (DirectoryTransport(stick, DEVICE), ZipTransport(stick, DEVICE)):
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "open", fails)
+            with pytest.raises(OtaError) as refusal:
+                run(transport.desired(1000))
+        assert (refusal.value.reason, advice in refusal.value.hint) == (Reason.SOURCE_UNREACHABLE, True)
+
+
+def test_a_folder_around_the_bundle_is_told_from_a_stick_for_another_device(stick: Path) -> None:
+    for place, device, advice in (
+        (stick.parent, DEVICE, "name the folder or the .zip itself"),
+        (stick, "cam-2", "edge-ota bundle REPO cam-2 OUT writes a stick for it"),
+    ):
+        with pytest.raises(OtaError) as refusal:
+            run(stick_transport.check_names(DirectoryTransport(place, device), device))
+        assert refusal.value.reason is Reason.NOT_FOR_THIS_DEVICE
+        assert advice in refusal.value.hint
+
+
+@pytest.mark.fault("F60")
+def test_a_stick_that_hangs_keeps_no_process_from_ending() -> None:
+    """The technician has his error and wants his prompt back."""
+    program = """
+import asyncio, time
+from ota.client.transports.reading import aside
+try:
+    asyncio.run(asyncio.wait_for(aside(time.sleep, 600), 0.1))
+except TimeoutError:
+    print("the stick does not answer")
+"""
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True)
+    assert ended.stdout == "the stick does not answer\n"
 
 
 def test_a_stick_that_never_answers_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

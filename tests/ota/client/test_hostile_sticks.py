@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import json
 import os
 import shutil
@@ -161,6 +162,51 @@ def test_a_place_with_escapes_in_its_name_is_read_like_any_other(
     assert run(committed.reboot().sideload(odd))[-1].outcome == "committed"
     event = run(committed.reboot().sideload(odd / "absent"))[-1]
     assert event.reason is Reason.SOURCE_UNREACHABLE
+
+
+@pytest.mark.fault("F60")
+@pytest.mark.parametrize("zipped", [False, True], ids=["directory", "zip"])
+def test_a_read_error_at_any_call_is_told_and_the_next_try_completes(
+    committed: Device, stick: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, zipped: bool
+) -> None:
+    """Every third of all system calls that touch the stick, from the first look to the last block."""
+    place = pack(stick, tmp_path / "stick.zip") if zipped else stick
+    genuine = {name: getattr(os, name) for name in ("stat", "open", "fstat", "read", "pread", "close")}
+    kept = tmp_path / "kept"
+    shutil.copytree(committed.disk, kept)  # type: ignore[arg-type]
+    calls = at = 0
+
+    def failing(name: str) -> Callable[..., object]:
+        def call(first: object, *args: object, dir_fd: int | None = None, **named: object) -> object:
+            nonlocal calls
+            named |= {} if dir_fd is None else {"dir_fd": dir_fd}
+            held = dir_fd if dir_fd is not None else first if isinstance(first, int) else None
+            touches = str(first if held is None else os.readlink(f"/proc/self/fd/{held}")).startswith(str(place))
+            calls += touches
+            if touches and calls == at:
+                if name == "close":
+                    genuine["close"](first)
+                raise OSError(errno.EIO, os.strerror(errno.EIO))
+            return genuine[name](first, *args, **named)
+
+        return call
+
+    descriptors = len(os.listdir("/proc/self/fd"))
+    while calls >= at:
+        at, calls = at + 3, 0
+        shutil.rmtree(committed.disk)  # type: ignore[arg-type]
+        shutil.copytree(kept, committed.disk)  # type: ignore[arg-type]
+        updater = committed.reboot()
+        with monkeypatch.context() as patch:
+            for name in genuine:
+                patch.setattr(os, name, failing(name))
+            event = run(updater.sideload(place))[-1]
+        if event.outcome != "committed":
+            assert (event.reason, committed.serving) == (Reason.SOURCE_UNREACHABLE, "1.0.0"), f"call {at}"
+            assert event.hint
+        assert run(updater.sideload(place))[-1].outcome in ("committed", "up_to_date"), f"after call {at}"
+    assert at > 40
+    assert len(os.listdir("/proc/self/fd")) == descriptors
 
 
 # -- changes between verification and use ------------------------------------------------------------------------------

@@ -231,7 +231,7 @@ class Interleavings(RuleBasedStateMachine):
 
     @rule()
     def retry(self) -> None:
-        if not self.updater.busy:
+        if not self.updater.busy and self.updater.record.line(LINE).state is State.IDLE:
             self._judge()
             self.updater.retry(LINE)
             self.unfit.clear()

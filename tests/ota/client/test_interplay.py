@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -432,6 +433,114 @@ def test_a_stick_whose_release_may_not_run_here_does_not_disturb_the_running_upd
     assert online.outcome == "committed"
 
 
+def test_a_newer_release_that_still_waits_for_its_line_does_not_make_room_for_an_older_one(
+    committed: Device, stick: Callable[[str], Path]
+) -> None:
+    oldest = committed.release("1.1.0", grant=False)
+    middle = committed.release("1.2.0", grant=False)
+    committed.release("1.3.0")
+    newest = stick("newest")
+    committed.grant(middle)
+    older = stick("older")
+    committed.grant(oldest)
+    updater = committed.reboot()
+    committed.host.hold["probation", "1.1.0"] = asyncio.Event()
+    gate = committed.host.hold["revert", "1.0.0"] = asyncio.Event()
+
+    async def scenario() -> tuple[list[UpdateEvent], list[UpdateEvent]]:
+        round_ = await reaching(updater, State.PROBATION)
+        first = asyncio.create_task(updater.sideload(newest))
+        await until(lambda: ("revert", LINE, "1.0.0", "int8") in committed.host.calls)
+        second = await updater.sideload(older)
+        gate.set()
+        await round_
+        return await first, second
+
+    (first,), (second,) = run(scenario())
+    assert (first.version, first.outcome) == ("1.3.0", "committed")
+    assert (second.version, second.reason) == ("1.2.0", Reason.SUPERSEDED)
+
+
+def _part_of(device: Device) -> list[str]:
+    assert isinstance(device.disk, Path)
+    return [path.name for path in (device.disk / "inbox").iterdir() if path.suffix == ".part"]
+
+
+@pytest.mark.parametrize("on_it", ["installed", "older"])
+def test_a_stick_that_brings_nothing_newer_leaves_what_waits_for_its_trial_alone(
+    committed: Device, stick: Callable[[str], Path], on_it: str
+) -> None:
+    if on_it == "older":
+        committed.release("1.1.0")
+    folder = stick(on_it)
+    committed.release("1.2.0")
+    committed.host.faults["self_test", "1.2.0"] = Rejected(Reason.BUSY, "no room for a trial")
+    updater = committed.reboot()
+    assert committed.check(updater).reason is Reason.BUSY
+    (event,) = run(updater.sideload(folder))
+    told = {"installed": ("up_to_date", None), "older": ("failed", Reason.SUPERSEDED)}
+    assert (event.outcome, event.reason) == told[on_it]
+    waiting = updater.record.line(LINE).candidate
+    assert waiting is not None
+    assert waiting.version == "1.2.0"
+    committed.host.faults.clear()
+    committed.transports = ()
+    assert committed.check(committed.reboot()).reason is None
+    assert committed.serving == "1.2.0"
+
+
+def test_a_newer_release_on_a_stick_takes_the_place_of_what_waits_for_its_trial(
+    committed: Device, stick: Callable[[str], Path]
+) -> None:
+    older = committed.release("1.1.0", grant=False)
+    committed.release("1.2.0")
+    newer = stick("newer")
+    committed.grant(older)
+    committed.host.faults["self_test", "1.1.0"] = Rejected(Reason.BUSY, "no room for a trial")
+    updater = committed.reboot()
+    assert committed.check(updater).reason is Reason.BUSY
+    (event,) = run(updater.sideload(newer))
+    assert (event.version, event.outcome, committed.serving) == ("1.2.0", "committed", "1.2.0")
+
+
+def test_a_stick_that_is_refused_costs_nothing_of_what_was_fetched(
+    committed: Device, stick: Callable[[str], Path]
+) -> None:
+    committed.release("1.1.0", edit=lambda release: release.update(requires={"agent": ">=9.0", "profiles": []}))
+    useless = stick("useless")
+    committed.release("1.2.0")
+    updater = committed.reboot()
+
+    async def scenario() -> list[str]:
+        round_ = await reaching(updater, State.FETCHING)
+        await until(lambda: _part_of(committed))
+        await updater.cancel(LINE)
+        await round_
+        return _part_of(committed)
+
+    fetched = run(scenario())
+    (event,) = run(updater.sideload(useless))
+    assert (event.version, event.reason) == ("1.1.0", Reason.INCOMPATIBLE)
+    assert _part_of(committed) == fetched
+    assert updater.record.line(LINE).pending_version == "1.2.0"
+
+
+def test_a_refusal_names_the_release_that_is_refused_and_not_the_one_that_was_wanted_before(committed: Device) -> None:
+    first = committed.release("1.1.0")
+    updater = committed.reboot()
+
+    async def scenario() -> None:
+        round_ = await reaching(updater, State.FETCHING)
+        await updater.cancel(LINE)
+        await round_
+
+    run(scenario())
+    assert updater.record.line(LINE).pending_sha256 == hashlib.sha256(first.data).hexdigest()
+    committed.release("1.2.0", edit=lambda release: release.update(requires={"agent": ">=9.0", "profiles": []}))
+    event = committed.check(updater)
+    assert (event.version, event.outcome, event.reason) == ("1.2.0", "rejected", Reason.INCOMPATIBLE)
+
+
 @pytest.mark.fault("F64")
 def test_one_stick_twice_at_once_is_installed_once_and_then_is_installed_already(
     committed: Device, stick: Callable[[str], Path]
@@ -440,9 +549,14 @@ def test_one_stick_twice_at_once_is_installed_once_and_then_is_installed_already
     folder = stick("same")
     updater = committed.reboot()
 
+    gate = committed.host.hold["self_test", "1.1.0"] = asyncio.Event()
+
     async def scenario() -> tuple[list[UpdateEvent], list[UpdateEvent], list[UpdateEvent]]:
-        first, second = await asyncio.gather(updater.sideload(folder), updater.sideload(folder))
-        return first, second, await updater.sideload(folder)
+        both = [asyncio.create_task(updater.sideload(folder)) for _ in range(2)]
+        # either may come first
+        (ended,), (running,) = await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
+        gate.set()
+        return await running, await ended, await updater.sideload(folder)
 
     first, second, third = run(scenario())
     assert first[-1].outcome == "committed"

@@ -137,23 +137,66 @@ def test_a_policy_lets_pass_or_says_why_not_and_when(policy: Policy, delta: bool
 def test_the_rate_holds_over_everything_that_shares_the_gate() -> None:
     clock = Clock()
     gate = clock.gate(Policy(rate_bytes_per_s=100_000))
+    turns = [gate.turn() for _ in range(3)]
     taken = 0
     while clock.seconds < 10:
-        wait_s = gate.take(16_384)
-        if wait_s:
-            clock.seconds += wait_s
-        else:
-            taken += 16_384
-    assert 1_000_000 <= taken <= 1_100_000 + 16_384
+        waits = [turn.take(16_384) for turn in turns]
+        taken += 16_384 * waits.count(0.0)
+        clock.seconds += min(waits)
+    assert 1_000_000 <= taken <= 1_100_000 + 3 * 16_384
 
 
-def test_a_bucket_says_how_long_until_there_is_enough() -> None:
+def test_of_lines_that_share_a_rate_each_gets_its_turn_however_small_or_quick_the_others_blocks_are() -> None:
+    clock = Clock()
+    gate = clock.gate(Policy(rate_bytes_per_s=20_000))
+    sizes = (4096, 65_536, 16_384)
+    turns = [gate.turn() for _ in sizes]
+    taken, next_s = [0, 0, 0], [0.0, 0.0, 0.0]
+    while clock.seconds < 600:
+        for number, turn in enumerate(turns):
+            if next_s[number] <= clock.seconds:
+                wait_s = turn.take(sizes[number])
+                taken[number] += 0 if wait_s else sizes[number]
+                # the large one is never there the moment its tokens are
+                next_s[number] = clock.seconds + (wait_s + 0.02 if wait_s and number == 1 else wait_s)
+        clock.seconds = max(clock.seconds, min(next_s))
+    assert max(taken) <= min(taken) * 1.1 + 65_536, taken
+    assert 600 * 20_000 <= sum(taken) + 65_536 + 4096 <= 600 * 20_000 + 4 * 65_536
+
+
+def test_what_a_transfer_was_promised_is_the_others_when_it_leaves() -> None:
+    clock = Clock()
+    gate = clock.gate(Policy(rate_bytes_per_s=65_536))
+    gone, stays = gate.turn(), gate.turn()
+    share_s = 4096 / 65_536
+    assert gone.take(65_536) == 0.0, "the burst"
+    assert gone.take(65_536) == share_s
+    assert stays.take(65_536) == 2 * share_s
+    gone.leave()
+    while wait_s := stays.take(65_536):
+        clock.seconds += wait_s
+    assert clock.seconds == pytest.approx(1.0), "as if it had been alone"
+
+
+def test_a_block_that_became_smaller_while_it_waited_for_the_rate_costs_less() -> None:
+    clock = Clock()
+    turn = clock.gate(Policy(rate_bytes_per_s=65_536)).turn()
+    assert turn.take(65_536) == 0.0, "the burst"
+    for _ in range(8):
+        clock.seconds += turn.take(65_536)
+    assert turn.take(4096) == 0.0
+    assert turn.take(28_672) == 0.0, "the rest of what was promised"
+    assert turn.take(4096) > 0.0
+
+
+def test_a_bucket_that_promises_says_how_long_until_there_is_enough() -> None:
     bucket = TokenBucket(10, 100)
-    assert bucket.take(100, 0.0)
-    assert not bucket.take(50, 1.0)
-    assert bucket.wait_s(50) == 4.0
-    assert bucket.take(50, 5.0)
-    assert bucket.wait_s(101) == float("inf")
+    assert bucket.owe(100, 0.0) == 0.0
+    assert bucket.owe(50, 1.0) == 4.0
+    assert bucket.owe(50, 2.0) == 8.0
+    assert not bucket.take(1, 9.0)
+    assert bucket.owe(-50, 9.0) == 0.0
+    assert bucket.take(40, 9.0)
 
 
 class Scene:
@@ -222,7 +265,7 @@ def test_a_limited_rate_is_kept_and_the_source_not_blamed_for_it(tmp_path: Path)
     async def main() -> float:
         loop = asyncio.get_running_loop()
         gate = Gate(Policy(rate_bytes_per_s=rate), datetime.datetime.now, loop.time)
-        gate.take(int(rate))
+        gate.turn().take(int(rate))
         inbox = Inbox(Fs(QuickDisk(tmp_path)), FAST, random.Random(0), gate)
         began = loop.time()
         await inbox.fetch(scene.payload, [scene.source], scene.counts)
@@ -230,6 +273,49 @@ def test_a_limited_rate_is_kept_and_the_source_not_blamed_for_it(tmp_path: Path)
 
     took_s = run(main())
     assert took_s >= 0.9 * len(scene.data) / rate
+
+
+def test_two_lines_that_share_a_rate_advance_side_by_side(tmp_path: Path) -> None:
+    async def main() -> list[int]:
+        loop = asyncio.get_running_loop()
+        gate = Gate(Policy(rate_bytes_per_s=400_000.0), datetime.datetime.now, loop.time)
+        gate.turn().take(400_000)
+        both = []
+        for number in range(2):
+            scene = Scene(tmp_path / str(number), Policy(), Clock())
+            inbox = Inbox(Fs(QuickDisk(tmp_path / str(number))), FAST, random.Random(number), gate)
+            both.append((scene, loop.create_task(inbox.fetch(scene.payload, [scene.source], scene.counts))))
+        await asyncio.wait([task for _, task in both], return_when=asyncio.FIRST_COMPLETED)
+        fetched = [scene.counts.fetched_bytes for scene, _ in both]
+        await asyncio.gather(*(task for _, task in both))
+        return fetched
+
+    for number in range(2):
+        (tmp_path / str(number)).mkdir()
+    fetched = run(main())
+    assert min(fetched) >= 0.5 * max(fetched), fetched
+
+
+def test_a_transfer_that_is_cancelled_while_it_waits_for_the_rate_leaves_its_turn_to_others(tmp_path: Path) -> None:
+    clock = Clock()
+    gate = clock.gate(Policy(rate_bytes_per_s=65_536))
+    scene = Scene(tmp_path, Policy(), clock)
+    inbox = Inbox(Fs(QuickDisk(tmp_path)), FAST, random.Random(0), gate)
+
+    async def main() -> None:
+        task = asyncio.create_task(inbox.fetch(scene.payload, [scene.source], scene.counts))
+        while scene.counts.fetched_bytes < 32_768:
+            await asyncio.sleep(0.01)
+        await asyncio.sleep(0.1)
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+
+    run(main())
+    turn, waited_s = gate.turn(), 0.0
+    while wait_s := turn.take(16_384):
+        clock.seconds += wait_s
+        waited_s += wait_s
+    assert waited_s <= 0.26
 
 
 def test_an_update_that_waits_for_its_window_is_no_failure_and_goes_on_when_it_opens(device: Device) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import random
+import shutil
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,7 @@ from ota.publisher.create import create
 from ota.publisher.director import grant
 from ota.publisher.publish import publish
 from ota.publisher.repository import Repository, system_clock
+from ota.publisher.rotate import rotate
 from ota.publisher.spec import parse as parse_spec
 from tests.fakes.host import FakeHost, golden_for
 from tests.ota.client.conftest import FAST, QuickDisk, model
@@ -50,7 +52,7 @@ class Pair:
             self.events.append,
         )
 
-    def release(self, version: str, data: bytes) -> None:
+    def release(self, version: str, data: bytes, counter: int | None = None) -> None:
         path = self.root / "int8.tflite"
         path.write_bytes(data)
         (self.root / "image.png").write_bytes(b"picture")
@@ -61,6 +63,7 @@ class Pair:
             facts=[FACTS],
             golden=golden_for(data),
             tolerance={"atol": {"int8.tflite": [0.01]}, "margin": 0.1},
+            counter=counter,
         )
         publish(self.repository)
 
@@ -105,3 +108,28 @@ def test_the_director_cannot_send_a_device_back(pair: Pair) -> None:
     grant(pair.repository, "cam-1", "person", "1.0.0")
     assert pair.check().reason is Reason.COUNTER_ROLLBACK
     assert pair.host.serving["person"][0] == "1.1.0"
+
+
+def test_a_repository_restored_from_a_backup_reaches_its_devices_after_the_rotation_that_the_hint_names(
+    pair: Pair,
+) -> None:
+    place = pair.repository.path
+    pair.release("1.0.0", model(1))
+    grant(pair.repository, "cam-1", "person", "1.0.0")
+    shutil.copytree(place, pair.root / "backup")
+    pair.release("1.1.0", model(2))
+    grant(pair.repository, "cam-1", "person", "1.1.0")
+    pair.release("1.2.0", model(3))
+    assert pair.check().outcome == "committed"
+    shutil.rmtree(place)
+    shutil.copytree(pair.root / "backup", place)
+    publish(pair.repository)
+    event = pair.check()
+    assert event.reason is Reason.METADATA_ROLLBACK
+    for name in ("snapshot", "timestamp", "director"):
+        assert name in event.hint
+        rotate(pair.repository, name)
+    pair.release("1.3.0", model(4), counter=3)
+    grant(pair.repository, "cam-1", "person", "1.3.0")
+    assert pair.check().outcome == "committed"
+    assert pair.host.serving["person"] == ("1.3.0", model(4))

@@ -56,6 +56,22 @@ def test_an_interrupted_trial_goes_on_without_network_and_without_fetching(commi
     assert committed.serving == "1.1.0"
 
 
+def test_a_waiting_candidate_whose_file_rotted_is_fetched_again_and_not_quarantined(committed: Device) -> None:
+    committed.release("1.1.0")
+    committed.host.faults["self_test", "1.1.0"] = Rejected(Reason.BUSY, "no room for a trial")
+    updater = committed.reboot()
+    assert committed.check(updater).reason is Reason.BUSY
+    candidate = updater.record.line(LINE).candidate
+    assert candidate is not None
+    path = committed.disk / "store" / f"{candidate.plain_sha256}.cbs"
+    path.write_bytes(path.read_bytes()[:-1] + b"?")
+    committed.host.faults.clear()
+    event = committed.check(updater)
+    assert (event.outcome, event.reason, event.version) == ("failed", Reason.PAYLOAD_CORRUPT, "1.1.0")
+    assert committed.check(updater).outcome == "committed"
+    assert not updater.record.line(LINE).quarantine
+
+
 def test_a_candidate_that_was_withdrawn_meanwhile_is_not_tried_again(committed: Device) -> None:
     committed.release("1.1.0")
     committed.host.faults["probation", "1.1.0"] = Restarted()  # type: ignore[assignment]
@@ -104,6 +120,40 @@ def test_a_state_of_a_later_version_rolls_back(committed: Device) -> None:
     assert [(e.outcome, e.reason) for e in committed.events if e.outcome] == [("rolled_back", Reason.STATE_CORRUPT)]
 
 
+def test_a_roll_back_during_the_recovery_of_a_damaged_release_leaves_the_one_before_it_in_service(
+    committed: Device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    committed.release("1.1.0")
+    assert committed.check().outcome == "committed"
+    updater = committed.boot()
+    active = updater.record.line(LINE).active
+    assert active is not None
+    path = committed.disk / "store" / f"{active.plain_sha256}.cbs"
+    path.write_bytes(path.read_bytes()[:-1] + b"?")
+    read, looked, go_on = updater.store.read, asyncio.Event(), asyncio.Event()
+
+    async def slowly(plain_sha256: str) -> int:
+        if plain_sha256 == active.plain_sha256:
+            looked.set()
+            await go_on.wait()
+        return await read(plain_sha256)
+
+    monkeypatch.setattr(updater.store, "read", slowly)
+
+    async def scenario() -> None:
+        recovering = asyncio.create_task(updater.recover())
+        await looked.wait()
+        person = asyncio.create_task(updater.rollback(LINE))
+        await asyncio.sleep(0.05)
+        go_on.set()
+        await asyncio.gather(recovering, person, return_exceptions=True)
+
+    run(scenario())
+    serving = updater.active(LINE)
+    assert serving is not None
+    assert serving.version == "1.0.0"
+
+
 # -- the journal -------------------------------------------------------------------------------------------------------
 
 
@@ -141,6 +191,50 @@ def test_when_both_slots_are_lost_the_last_commit_and_its_floors_survive(committ
     assert committed.check(updater).reason is Reason.METADATA_ROLLBACK
     committed.repository.documents = current
     assert committed.check(updater).outcome == "up_to_date"
+
+
+def test_when_both_slots_are_gone_the_last_commit_and_its_floors_survive_and_it_is_told(committed: Device) -> None:
+    for name in ("record.a", "record.b"):
+        (committed.disk / "state" / name).unlink()
+    updater = committed.reboot()
+    assert committed.serving == "1.0.0"
+    assert updater.record.floors
+    assert updater.record.line(LINE).floor_counter
+    assert committed.reasons == [Reason.STATE_CORRUPT.value]
+
+
+class _BadSectors(QuickDisk):
+    """Cannot read some files."""
+
+    bad: tuple[str, ...] = ()
+
+    def read(self, path: str, offset: int, length: int) -> bytes:
+        if path in self.bad:
+            raise OSError(errno.EIO, "Input/output error")
+        return super().read(path, offset, length)
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [("record.a",), ("record.b",), ("record.a", "record.b"), ("record.committed",), ("record.a", "record.committed")],
+)
+def test_a_record_on_a_bad_sector_keeps_no_device_from_starting(committed: Device, bad: tuple[str, ...]) -> None:
+    disk = _BadSectors(committed.disk)
+    disk.bad = tuple(f"state/{name}" for name in bad)
+    committed.disk = disk
+    committed.reboot()
+    assert committed.serving == "1.0.0"
+    assert committed.reasons == ([] if bad == ("record.committed",) else [Reason.STATE_CORRUPT.value])
+
+
+def test_records_that_cannot_be_read_now_are_not_thrown_away(committed: Device) -> None:
+    disk = _BadSectors(committed.disk)
+    disk.bad = tuple(f"state/record.{name}" for name in ("a", "b", "committed"))
+    with pytest.raises(StoreError) as caught:
+        Journal(Fs(disk))
+    assert caught.value.reason is Reason.IO_ERROR
+    disk.bad = ()
+    assert Journal(Fs(disk)).record.line(LINE).active is not None
 
 
 def test_when_every_copy_is_lost_the_device_starts_from_nothing_and_says_so(committed: Device) -> None:
@@ -372,8 +466,10 @@ def test_lines_that_somebody_makes_up_do_not_fill_the_record(committed: Device) 
         signed.targets.update({path: TargetFile.from_data(path, b"x", ["sha256"]) for path in paths})
 
     committed.grant(built, edit=made_up)
-    outcomes = [event.outcome for event in run(committed.reboot().check())]
+    updater = committed.reboot()
+    outcomes = [event.outcome for event in run(updater.check())]
     assert sorted(outcomes) == ["committed", *["rejected"] * 40]
+    assert list(updater.record.lines) == [LINE]
     assert list(Journal(Fs(committed.disk)).record.lines) == [LINE]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 import threading
 import time
@@ -102,6 +103,34 @@ def test_a_file_with_the_tag_of_a_key_holder_but_another_content_is_not_sealed_a
     forged = Store(Fs(QuickDisk(tmp_path)), CUSTODY, 0)  # type: ignore[arg-type]
     forged._write(name, len(other), iter([other]))
     assert run(rotate_storage(kept.keyring, kept.store)).damaged == (name,)
+
+
+@pytest.mark.fault("F10")
+def test_a_sector_that_fails_in_the_middle_of_a_file_ends_the_rotation_and_leaves_nothing_behind(
+    tmp_path: Path,
+) -> None:
+    """A second copy of a large model that stayed would fill the disk until the next start."""
+
+    class Failing(QuickDisk):
+        fails = False
+
+        def read(self, path: str, offset: int, length: int) -> bytes:
+            if self.fails and offset >= 1 << 20:
+                raise OSError(errno.EIO, os.strerror(errno.EIO))
+            return super().read(path, offset, length)
+
+    disk, plain = Failing(tmp_path), model(5, 3 << 20)
+    kept = _kept(disk)
+    kept.put(plain)
+    before = {path.name: path.read_bytes() for path in (tmp_path / "store").iterdir()}
+    disk.fails = True
+    with pytest.raises(StoreError) as failure:
+        run(rotate_storage(kept.keyring, kept.store))
+    assert failure.value.reason is Reason.IO_ERROR
+    assert {path.name: path.read_bytes() for path in (tmp_path / "store").iterdir()} == before
+    disk.fails = False
+    assert run(finish_rotation(kept.keyring, kept.store)) == Resealed(1, ())
+    assert kept.read(plain) == plain
 
 
 def test_rotation_needs_the_disk_of_one_file_beside_the_reserve(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import datetime
 import random
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -145,6 +146,117 @@ def test_another_transport_completes_what_one_without_roots_cannot(client: Clien
 def test_a_second_transport_without_roots_does_not_finish_either(client: Client, device: Device) -> None:
     first, second = (Broker(device.repository, _is_root) for _ in range(2))
     assert client.refused([first.transport, second.transport]).reason is Reason.ROOT_UNREACHABLE
+
+
+class Failing(SimulatedTransport):
+    """Answers for one role, by name, with `failure`."""
+
+    role: str
+    failure: TransferError
+
+    async def metadata(self, role: str, version: int | None, max_bytes: int) -> bytes:
+        if role == self.role:
+            raise self.failure
+        return await super().metadata(role, version, max_bytes)
+
+
+def failing(device: Device, role: str, reason: Reason) -> Failing:
+    transport = Failing(device.repository, DEVICE, name="failing")
+    transport.role, transport.failure = role, TransferError(reason, "as the test wants it")
+    return transport
+
+
+@pytest.mark.parametrize("role", ["root", "timestamp", "snapshot", "targets"])
+@pytest.mark.parametrize("reason", ["transfer_corrupt", "server_refused", "server_untrusted", "unsupported"])
+def test_a_transport_that_garbles_or_refuses_documents_is_passed_over_for_the_next(
+    client: Client, device: Device, role: str, reason: str
+) -> None:
+    first = failing(device, role, Reason(reason))
+    refreshed = client.refresh(first, SimulatedTransport(device.repository, DEVICE))
+    assert refreshed.transport.name == "simulated"
+    assert list(refreshed.desired.assignments) == [LINE]
+
+
+def test_a_document_that_one_transport_lacks_is_had_from_another(client: Client, device: Device) -> None:
+    first = failing(device, "snapshot", Reason.NOT_FOUND)
+    assert client.refresh(first, SimulatedTransport(device.repository, DEVICE)).transport.name == "simulated"
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_what_is_said_of_the_repository_is_reported_rather_than_a_failure_on_the_way(
+    client: Client, device: Device, turned: bool
+) -> None:
+    ways = [failing(device, "timestamp", reason) for reason in (Reason.SOURCE_UNREACHABLE, Reason.NOT_FOUND)]
+    with pytest.raises(TransferError) as refused:
+        client.refresh(*(ways[::-1] if turned else ways))
+    assert refused.value.reason is Reason.NOT_FOUND
+
+
+@pytest.mark.parametrize("lie", ["bad_json", "bad_signature", "metadata_rollback", "timestamp_expired"])
+def test_a_source_that_lies_is_named_and_keeps_no_device_from_an_honest_one(committed: Device, lie: str) -> None:
+    honest = committed.repository
+    hostile = SimulatedTransport(honest.frozen(), DEVICE, name="hostile")
+    documents = hostile.repository.documents
+    if lie == "metadata_rollback":
+        for _ in range(2):
+            honest.publish()
+            committed.check()
+    elif lie == "timestamp_expired":
+        committed.now += datetime.timedelta(days=31)
+        later = committed.now + datetime.timedelta(days=30)
+        for document in (honest.root, honest.top, honest.snapshot, honest.timestamp, *honest.roles.values()):
+            document.signed.expires = later
+        honest.next_root()
+        hostile.repository.documents["root", 2] = honest.documents["root", 2]
+        honest.publish()
+        committed.release("1.1.0", grant=False)
+    else:
+        damage = b"{" if lie == "bad_json" else documents["timestamp", None].replace(b'"version":', b'"x":1,"version":')
+        documents["timestamp", None] = damage
+    committed.grant(committed.release("1.2.0", grant=False), expires=committed.now + datetime.timedelta(days=9))
+    committed.events.clear()
+    committed.transports = (hostile, committed.transport)
+    assert committed.check().outcome == "committed"
+    assert committed.serving == "1.2.0"
+    named = [event for event in committed.events if event.reason is not None]
+    assert [(event.line, event.outcome, event.reason) for event in named] == [("*", None, Reason(lie))]
+    assert named[0].message.startswith("hostile was passed over: ")
+    assert named[0].hint
+
+
+@pytest.mark.parametrize("lie", ["metadata_mismatch", "not_found"])
+def test_a_line_that_one_source_garbles_or_withholds_is_had_from_another(committed: Device, lie: str) -> None:
+    committed.release("1.1.0")
+    hostile = SimulatedTransport(committed.repository.frozen(), DEVICE, name="hostile")
+    role = (f"release-{LINE}", committed.repository.roles[f"release-{LINE}"].signed.version)
+    if lie == "metadata_mismatch":
+        hostile.repository.documents[role] = b"{"
+    else:
+        del hostile.repository.documents[role]
+    committed.transports = (hostile, committed.transport)
+    assert committed.check().outcome == "committed"
+    assert committed.serving == "1.1.0"
+    assert [(event.line, event.reason) for event in committed.events if event.reason] == [("*", Reason(lie))]
+
+
+def test_a_source_without_a_document_for_a_new_device_is_not_the_last_one_asked(device: Device) -> None:
+    device.release("1.0.0")
+    empty = SimulatedTransport(device.repository.frozen(), DEVICE, name="empty")
+    empty.repository.desired.clear()
+    device.transports = (empty, device.transport)
+    assert device.check().outcome == "committed"
+    assert device.serving == "1.0.0"
+
+
+def test_a_line_that_no_source_can_prove_is_refused_once_and_the_newest_answer_counts(committed: Device) -> None:
+    built = committed.release("1.1.0", grant=False)
+    committed.grant(built, edit=lambda desired: desired.targets[built.path].hashes.update(sha256="0" * 64))
+    second = SimulatedTransport(committed.repository, DEVICE, name="second")
+    committed.transports = (committed.transport, second)
+    event = committed.check()
+    assert (event.outcome, event.reason) == ("rejected", Reason.METADATA_MISMATCH)
+    assert committed.serving == "1.0.0"
+    assert second.documents_asked
 
 
 def test_the_device_reports_it_and_goes_on_serving(committed: Device) -> None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from pathlib import Path
 
 import pytest
 
 from ota.client import memfd
-from ota.client.fsops import Fs
+from ota.client.fsops import Disk, Fs
 from ota.client.store import Store, sealed_size
 from ota.errors import PayloadError, Reason, StoreError
 from tests.ota.client.conftest import model
@@ -94,6 +95,47 @@ def test_a_damaged_file_is_replaced_and_a_whole_one_left_alone(store: Store, tmp
     assert path.stat().st_ino == inode
     path.write_bytes(b"rot")
     _put(store, PLAIN)
+    os.close(store.open(name))
+
+
+@pytest.mark.parametrize("error", [errno.EIO, errno.EMFILE])
+def test_a_file_that_cannot_be_read_now_is_not_taken_for_a_damaged_one(tmp_path: Path, error: int) -> None:
+    """Another line has the same file in service: neither removed nor replaced, whatever the disk says next."""
+
+    class Failing(Disk):
+        fails = False
+
+        def read(self, path: str, offset: int, length: int) -> bytes:
+            if self.fails:
+                raise OSError(error, os.strerror(error))
+            return super().read(path, offset, length)
+
+    disk = Failing(tmp_path)
+    store = Store(Fs(disk), KEY, 0)
+    name = _put(store, PLAIN)
+    before = (tmp_path / "store" / f"{name}.cbs").read_bytes()
+    disk.fails = True
+    with pytest.raises(StoreError) as failure:
+        _put(store, PLAIN)
+    assert failure.value.reason in (Reason.IO_ERROR, Reason.NO_SPACE)
+    assert (tmp_path / "store" / f"{name}.cbs").read_bytes() == before
+
+
+def test_a_board_without_memory_for_a_model_says_so(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    name = _put(store, PLAIN)
+    before = len(os.listdir("/proc/self/fd"))
+    for call in ("memfd_create", "ftruncate"):
+
+        def fails(*_: object) -> int:
+            raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
+
+        with monkeypatch.context() as patch:
+            patch.setattr(os, call, fails)
+            with pytest.raises(StoreError) as failure:
+                store.open(name)
+        assert (failure.value.reason, failure.value.retry) == (Reason.NO_SPACE, True)
+        assert failure.value.hint
+    assert len(os.listdir("/proc/self/fd")) == before
     os.close(store.open(name))
 
 

@@ -242,6 +242,22 @@ def test_a_payload_that_is_not_there_is_not_asked_for_twice(scene: Scene) -> Non
     assert len(scene.source.asked) <= FAST.window_blocks
 
 
+@pytest.mark.parametrize(
+    "reason", [Reason.UNSUPPORTED, Reason.NOT_FOUND, Reason.SERVER_REFUSED, Reason.BLOCK_TOO_LARGE], ids=str
+)
+def test_what_one_source_will_not_give_another_is_asked_for(scene: Scene, reason: Reason) -> None:
+    def refuse(digest: str, offset: int, data: bytes) -> bytes:
+        raise TransferError(reason, "not from here")
+
+    repository = Simulator()
+    repository.payloads[scene.payload.sha256] = scene.data
+    first = SimulatedTransport(repository, DEVICE)
+    first.on_block = refuse
+    inbox = Inbox(Fs(QuickDisk(scene.root)), FAST, random.Random(0))
+    run(inbox.fetch(scene.payload, [first, scene.source], scene.counts))
+    assert scene.fetched == scene.data
+
+
 def test_no_transport_is_an_error_with_a_reason(tmp_path: Path) -> None:
     with pytest.raises(OtaError) as failure:
         run(Inbox(Fs(tmp_path), FAST, random.Random(0)).fetch(_payload(b"x"), [], Counts()))

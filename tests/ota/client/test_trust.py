@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import datetime
+import errno
 import json
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,13 +14,13 @@ import pytest
 from securesystemslib.signer import CryptoSigner
 from tuf.api.metadata import DelegatedRole, Metadata, TargetFile, Targets
 
-from ota import BUILT
+from ota import BUILT, strictjson
 from ota.client import trust
 from ota.client.journal import Floor
 from ota.client.limits import Limits
 from ota.client.repository import raised_floor, reference_time
 from ota.errors import OtaError, Reason, TransferError
-from tests.ota.client.conftest import DEVICE, LINE, Device, model, run
+from tests.ota.client.conftest import DEVICE, LINE, Device, QuickDisk, model, run
 from tests.ota.client.simulator import LATER, NOW, PAST, Simulator
 
 
@@ -465,6 +467,44 @@ def test_hostile_json_is_refused_before_it_is_parsed(
     documents = committed.repository.documents
     documents["timestamp", None] = change(documents["timestamp", None])
     _refused(committed, reason)
+
+
+def test_a_key_twice_among_very_many_is_found_before_anybody_waits_for_it() -> None:
+    members = [b'"a%d":1' % number for number in range(80_000)]
+    began_s = time.process_time()
+    with pytest.raises(OtaError, match="appears twice"):
+        strictjson.loads(b"{%s}" % b",".join([*members, b'"z":1,"z":1']), max_bytes=1 << 20, what="hostile")
+    assert time.process_time() - began_s < 10
+
+
+class FailingDisk(QuickDisk):
+    """Files in `bad` cannot be read until another one takes their place."""
+
+    bad: set[str]
+
+    def read(self, path: str, offset: int, length: int) -> bytes:
+        if path in self.bad:
+            raise OSError(errno.EIO, "bad block")
+        return super().read(path, offset, length)
+
+    def rename(self, source: str, destination: str) -> None:
+        super().rename(source, destination)
+        self.bad.discard(destination)
+
+
+def test_metadata_that_the_disk_no_longer_gives_back_is_fetched_and_written_anew(committed: Device) -> None:
+    assert isinstance(committed.disk, Path)
+    committed.repository.next_root()
+    committed.release("1.1.0", grant=False)
+    committed.check()
+    names = [f"trust/main/{path.name}" for path in (committed.disk / "trust/main").glob("*.json")]
+    assert len(names) == 6
+    committed.release("1.2.0")
+    committed.disk = disk = FailingDisk(committed.disk)
+    disk.bad = set(names)
+    assert committed.check().outcome == "committed"
+    assert not disk.bad
+    assert committed.serving == "1.2.0"
 
 
 def test_the_walk_asks_for_documents_by_role_version_and_size(device: Device) -> None:

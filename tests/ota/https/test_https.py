@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import datetime
 import hashlib
 import os
 import random
+import socket
 import ssl
 import subprocess
 import sys
@@ -384,6 +386,33 @@ def test_a_cancelled_request_frees_its_thread_and_leaves_the_transport_usable(
         run(main())
 
 
+def test_where_connecting_outlasts_the_patience_for_a_block_the_connection_serves_the_next_one(
+    server_identity: Identity, device_tls: Tls, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where a name has addresses of a network that swallows packets before those of one that does not."""
+    genuine, delays = socket.getaddrinfo, [1.0]
+
+    def slow(*arguments: Any, **named: Any) -> Any:
+        time.sleep(delays.pop() if delays else 0.0)
+        return genuine(*arguments, **named)
+
+    monkeypatch.setattr(socket, "getaddrinfo", slow)
+    answer = _says(_head("200 OK", "Content-Length: 2") + b"ok")
+    with LyingServer(server_identity, answer, keep=True) as server:
+        address = Address("127.0.0.1", server.port, "/edge")
+        transport = HttpsTransport(address, "cam-1", lambda: device_tls, connections=1)
+
+        async def main() -> None:
+            with pytest.raises(TimeoutError):
+                await asyncio.wait_for(transport.desired(100), 0.2)
+            assert await transport.desired(100) == b"ok"
+            transport.close()
+
+        run(main())
+        assert (server.connections, transport.counts.connections) == (1, 1)
+        assert len(server.requests) == 1, "what nobody waits for is not asked"
+
+
 def test_a_request_that_waits_for_a_thread_is_answered_when_idle_connections_are_closed(
     server_identity: Identity, device_tls: Tls
 ) -> None:
@@ -405,6 +434,55 @@ def test_a_request_that_waits_for_a_thread_is_answered_when_idle_connections_are
             transport.close()
 
         run(main())
+
+
+_LEAVES = """
+import asyncio, sys, threading, time
+from ota.brokertls import Tls
+from ota.client.transports.address import Address
+from ota.client.transports.exchange import Waits
+from ota.client.transports.https import HttpsTransport
+
+what, port, *files = sys.argv[1:]
+if what == "name":
+    import socket
+    socket.getaddrinfo = lambda *_, **__: time.sleep(300)
+waits = Waits(connect_s=300.0, silence_s=300.0, whole_s=300.0)
+transport = HttpsTransport(Address("127.0.0.1", int(port), ""), "cam-1", lambda: Tls(*files), waits=waits)
+
+async def main():
+    asking = [asyncio.create_task(transport.desired(100)) for _ in range(10)]
+    await asyncio.sleep(0.5)
+    for task in asking:
+        task.cancel()
+    await asyncio.gather(*asking, return_exceptions=True)
+    transport.close()
+    assert any(thread.name == "https" for thread in threading.enumerate()), "they hang"
+
+asyncio.run(main())
+print("left", flush=True)
+"""
+
+
+@pytest.mark.parametrize("what", ["name", "connection", "handshake"])
+def test_a_process_ends_at_once_although_a_server_swallows_every_packet(device_tls: Tls, what: str) -> None:
+    with socket.socket() as silent, contextlib.ExitStack() as others:
+        silent.bind(("127.0.0.1", 0))
+        silent.listen(0 if what == "connection" else 16)
+        for _ in range(3 if what == "connection" else 0):
+            # the queue of a server that accepts nobody is full: it answers no further attempt
+            other = others.enter_context(socket.socket())
+            other.setblocking(False)
+            other.connect_ex(silent.getsockname())
+        files = (device_tls.ca, device_tls.certificate, device_tls.key)
+        arguments = [sys.executable, "-c", _LEAVES, what, str(silent.getsockname()[1]), *files]
+        with subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True) as process:
+            try:
+                assert process.stdout is not None
+                assert process.stdout.readline() == "left\n"
+                assert process.wait(60) == 0
+            finally:
+                process.kill()
 
 
 def test_a_path_is_asked_for_as_it_was_written(server_identity: Identity, device_tls: Tls) -> None:

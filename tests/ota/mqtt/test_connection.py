@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import select
 import socket
 import threading
 import time
@@ -22,7 +24,7 @@ from ota.mqtt import (
 from tests.fakes.broker import Broker, Identity
 from tests.fakes.impostor import Impostor
 
-from .conftest import MakeClient
+from .conftest import Client, MakeClient
 
 EVT = "edge/v1/edge/cam-1/evt"
 # MQTT 5.0, 3.2: accepted, no properties
@@ -116,6 +118,20 @@ def test_a_message_queued_before_the_limit_was_known_is_dropped_instead_of_sent_
     assert device.mqtt.waiting() == 0
 
 
+def test_a_message_of_a_thousand_user_properties_is_dropped_and_counted(
+    shared_broker: Broker, make_client: MakeClient
+) -> None:
+    device = make_client(shared_broker, "cam-1", "edge/v1/edge/cam-1/cmd")
+    operator = make_client(shared_broker, "ota_operator")
+    device.ready()
+    operator.ready()
+    command = "edge/v1/edge/cam-1/cmd"
+    operator.mqtt.publish(Message(command, b"heavy", user=(("", ""),) * 1000))
+    operator.mqtt.publish(Message(command, b"light", user=(("status", "ok"),) * 2))
+    assert device.expect(Received, 60.0).payload == b"light"
+    assert device.mqtt.counters.malformed == 1
+
+
 @pytest.mark.fault("F22")
 def test_a_packet_above_our_own_limit_is_never_buffered(server_identity: Identity, make_client: MakeClient) -> None:
     # a PUBLISH that announces 200 MB
@@ -133,9 +149,9 @@ def test_the_outbox_is_bounded_while_there_is_no_broker(make_client: MakeClient)
     limits = Limits(outbox_messages=10, outbox_bytes=100_000)
     client = make_client(("127.0.0.1", 1), "cam-1", limits=limits)
     results = [client.mqtt.publish(Message(EVT, bytes(1000))) for _ in range(30)]
-    assert results == [Sent.QUEUED] * 10 + [Sent.QUEUE_FULL] * 20
+    assert results == [Sent.QUEUED] * 8 + [Sent.QUEUE_FULL] * 22
     assert client.mqtt.publish(Message(EVT, b"x", qos=0)) is Sent.OFFLINE
-    assert client.mqtt.counters.queue_full == 20
+    assert client.mqtt.counters.queue_full == 22
 
 
 @pytest.mark.fault("F87")
@@ -243,6 +259,59 @@ def test_messages_in_flight_respect_the_brokers_receive_maximum(
         client.quiet(0.3)
         assert impostor.heard[0].count(b"message ") == 2
         assert client.mqtt.waiting() == 6
+
+
+class Relay:
+    """Stands between a client and its broker, and reads nothing more of the client once `blocked`."""
+
+    def __init__(self, broker: Broker) -> None:
+        self.blocked = threading.Event()
+        self._broker = broker
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self._listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        self.port = self._listener.getsockname()[1]
+        self._sockets = [self._listener]
+        threading.Thread(target=self._run, daemon=True).start()
+
+    def close(self) -> None:
+        for sock in self._sockets:
+            sock.close()
+
+    def _run(self) -> None:
+        near, _ = self._listener.accept()
+        far = socket.create_connection((self._broker.host, self._broker.port))
+        self._sockets += [near, far]
+        threading.Thread(target=self._pass_on, args=(far, near, threading.Event()), daemon=True).start()
+        self._pass_on(near, far, self.blocked)
+
+    def _pass_on(self, source: socket.socket, sink: socket.socket, blocked: threading.Event) -> None:
+        with contextlib.suppress(OSError):
+            while select.select([source], [], [], 600) and not blocked.is_set() and (data := source.recv(4096)):
+                sink.sendall(data)
+
+
+def _handed_over(client: Client) -> int:
+    return client.mqtt.counters.by_purpose.get("other", [0, 0])[1]
+
+
+def test_what_a_slow_way_has_not_taken_yet_stays_where_a_request_overtakes_it(
+    shared_broker: Broker, make_client: MakeClient
+) -> None:
+    relay = Relay(shared_broker)
+    try:
+        device = make_client((shared_broker.host, relay.port), "cam-1")
+        device.ready()
+        relay.blocked.set()
+        for _ in range(20):
+            assert device.mqtt.publish(Message(EVT, bytes(48_000))) is Sent.QUEUED
+        deadline, left = time.monotonic() + 60, 0
+        # until something has left our queue, and then for as long as more does
+        while time.monotonic() < deadline and (not left or _handed_over(device) > left):
+            left = _handed_over(device)
+            time.sleep(0.5)
+        assert 0 < left < 320_000, "of 960 kB"
+    finally:
+        relay.close()
 
 
 def test_nagle_is_off(shared_broker: Broker, make_client: MakeClient, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import pytest
+
 from ota.errors import BrokerError, Reason
 from ota.mailbox import Inbox, Lost, Message, Outbox, Received
 
 
 def _received(payload: bytes = b"x", topic: str = "t") -> Received:
-    return Received(topic, payload, 0, False, None, (), 10)
+    return Received(topic, payload, 0, False, None, (), 10 + len(payload))
 
 
 def _lost(number: int) -> Lost:
@@ -24,7 +26,7 @@ def test_an_inbox_drops_and_counts_messages_beyond_its_count() -> None:
 
 def test_an_inbox_drops_messages_beyond_its_bytes_and_takes_more_once_read() -> None:
     inbox = Inbox(limit_messages=100, limit_bytes=1000)
-    inbox.put(_received(bytes(900)))
+    inbox.put(_received(bytes(890)))
     inbox.put(_received(bytes(200)))
     assert inbox.dropped == 1
     assert inbox.get(0) is not None
@@ -62,6 +64,24 @@ def test_an_outbox_refuses_what_does_not_fit_and_keeps_what_it_has() -> None:
     assert len(outbox) == 2
 
 
+def test_an_inbox_counts_a_message_of_properties_alone_by_what_it_weighs() -> None:
+    inbox = Inbox(limit_messages=256, limit_bytes=1_000_000)
+    for _ in range(256):
+        inbox.put(Received("t", b"", 0, False, None, (("a" * 50_000, "b" * 50_000),), 100_015))
+    assert len(inbox.drain()) == 9
+    assert inbox.dropped == 247
+
+
+@pytest.mark.parametrize("size", [10, 48_000], ids=["many messages", "many bytes"])
+def test_history_that_leaves_slowly_keeps_no_request_and_no_state_from_being_sent(size: int) -> None:
+    outbox = Outbox(limit_messages=256, limit_bytes=4_000_000)
+    while outbox.put(Message("tele", bytes(size))):
+        pass
+    assert outbox.put(Message("blk/get", bytes(150), qos=0))
+    assert outbox.put(Message("reported", bytes(100_000), retain=True))
+    assert not outbox.put(Message("tele", bytes(size)))
+
+
 def test_urgent_messages_overtake_and_are_lost_with_the_connection_while_others_are_sent_again_in_order() -> None:
     outbox = Outbox(limit_messages=10, limit_bytes=1000)
     for name in ("one", "two", "three"):
@@ -93,7 +113,7 @@ def test_a_newer_state_replaces_the_one_that_still_waits() -> None:
 
 
 def test_the_outbox_counts_bytes_down_to_zero() -> None:
-    outbox = Outbox(limit_messages=10, limit_bytes=10)
+    outbox = Outbox(limit_messages=10, limit_bytes=13)
     for round_ in range(100):
         assert outbox.put(Message("a", bytes(10), qos=round_ % 2)), round_
         message = outbox.next(5)
@@ -104,7 +124,7 @@ def test_the_outbox_counts_bytes_down_to_zero() -> None:
 
 
 def test_a_message_taken_when_the_connection_breaks_does_not_count_for_ever() -> None:
-    outbox = Outbox(limit_messages=10, limit_bytes=10)
+    outbox = Outbox(limit_messages=10, limit_bytes=13)
     for _ in range(5):
         assert outbox.put(Message("a", bytes(10)))
         assert outbox.next(5) is not None

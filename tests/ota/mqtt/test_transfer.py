@@ -293,6 +293,32 @@ def test_a_block_of_the_largest_size_fits_the_brokers_packet_limit(
         asyncio.run(main())
 
 
+def test_a_device_that_asks_with_thousands_of_properties_costs_the_block_server_nothing(
+    shared_broker: Broker,
+    authority: Authority,
+    make_client: MakeClient,
+    start_server: Callable[[Broker, str], BlockServerProcess],
+) -> None:
+    hostile = make_client(shared_broker, "cam-2")
+    hostile.ready()
+    with start_server(shared_broker, "ota_service") as server:
+        server.wait_connected()
+        before_s = server.cpu_s()
+        for _ in range(10):
+            # 125 kB, and a second of work for whoever takes them apart
+            heavy = Message("edge/v1/edge/cam-2/blk/get", b"", user=(("", ""),) * 25_000)
+            assert hostile.mqtt.publish(heavy) is Sent.QUEUED
+
+        async def main() -> None:
+            while hostile.mqtt.waiting():
+                await asyncio.sleep(0.05)
+            async with _device(shared_broker, authority, PATIENT) as device:
+                assert await device.transport.block(SHA, 0, 100) == PAYLOAD[:100]
+
+        asyncio.run(asyncio.wait_for(main(), 120))
+        assert server.cpu_s() - before_s < 2.0
+
+
 def test_a_hint_reaches_the_fleet(shared_broker: Broker, authority: Authority, make_client: MakeClient) -> None:
     device = make_client(shared_broker, "cam-1", "edge/v1/edge/fleet/hint")
     device.ready()

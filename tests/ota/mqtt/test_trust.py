@@ -192,3 +192,10 @@ def test_two_holders_of_one_identity_do_not_kick_each_other_for_ever(
     assert losses, "they did collide"
     assert {event.error.reason for event in losses} <= {Reason.BROKER_LOST, Reason.SESSION_TAKEN_OVER}
     assert len(losses) <= 16, "each collision doubles the wait"
+
+
+@pytest.mark.parametrize("host", ["no..such.invalid", "n" * 70 + ".invalid", "bücher.invalid"])
+def test_a_name_that_is_none_is_unreachable_like_any_other(make_client: MakeClient, host: str) -> None:
+    lost = make_client((host, 8883), "cam-1").expect(Lost, timeout_s=60)
+    assert lost.error.reason is Reason.BROKER_UNREACHABLE
+    assert host in lost.error.message

@@ -161,6 +161,28 @@ def test_the_counter_is_the_lines_last_plus_one(repository: Repository, build: B
     assert reason(refused) == "counter_rollback"
 
 
+@pytest.mark.parametrize("counter", [(1 << 52) + 1, 1 << 53, 10**22])
+def test_a_counter_that_no_later_release_could_exceed_is_refused(
+    repository: Repository, build: Build, counter: int
+) -> None:
+    with pytest.raises(OtaError, match="leaves no room for releases after it") as refused:
+        build(counter=counter)
+    assert reason(refused) == "bad_usage"
+    assert build(counter=1 << 52).release_counter == 1 << 52
+    assert build("1.1.0").release_counter == (1 << 52) + 1
+
+
+def test_a_damaged_release_that_waits_is_named(repository: Repository, build: Build) -> None:
+    build()
+    path = repository.prepared_path("person", "1.0.0")
+    path.write_bytes(b"{")
+    with pytest.raises(OtaError, match=r"prepared/person/1\.0\.0/release\.json is damaged") as refused:
+        publish(repository)
+    assert reason(refused) == "state_corrupt"
+    path.unlink()
+    publish(repository)
+
+
 def test_a_signed_version_cannot_be_built_again_and_an_unsigned_one_is_replaced(
     repository: Repository, build: Build
 ) -> None:

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import time
 from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from random import Random
 from typing import Any
 
 import pytest
 
+from ota.errors import OtaError, Reason
 from ota.mqtt import (
     Connected,
     Inbox,
@@ -24,7 +27,7 @@ from ota.mqtt import (
     Subscription,
     Tls,
 )
-from ota.publisher.cli import main
+from ota.publisher.cli import _parser, main
 from ota.publisher.repository import Repository
 from tests.fakes.broker import Broker, Identity
 from tests.ota.publisher.conftest import FakeDevice, FakeRecorder, StockClient, model_bytes
@@ -170,6 +173,82 @@ def test_an_error_is_one_line_a_hint_and_the_exit_code_of_its_reason(
         assert lines[1].startswith("hint: ")
         assert any(part in lines[1] for part in hint.split("|"))
     assert len(lines) == 1 + bool(hint)
+
+
+def test_keys_that_have_to_be_brought_are_named_in_a_warning(place: Path) -> None:
+    release(place, "1.0.0")
+    run("publish", place / "repo")
+    (place / "repo/keys/targets.pem").rename(place / "targets.pem")
+    out, err = io.StringIO(), io.StringIO()
+    later = datetime.now(UTC) + timedelta(days=190)
+    assert main(["publish", str(place / "repo")], out=out, err=err, now=lambda: later) == 0
+    assert "timestamp 3 is valid until" in out.getvalue()
+    assert err.getvalue().startswith("warning: targets expires on ")
+    assert f" anew: bring {place / 'repo/keys/targets.pem'} and publish again\n" in err.getvalue()
+    out, err = io.StringIO(), io.StringIO()
+    later = datetime.now(UTC) + timedelta(days=3600)
+    main(["publish", str(place / "repo")], out=out, err=err, now=lambda: later)
+    assert "warning: root expires on " in err.getvalue()
+    assert f"edge-ota rotate {place / 'repo'} root-1" in err.getvalue()
+
+
+def test_certificates_that_end_are_named_in_time_with_what_to_do_about_each(place: Path) -> None:
+    repo = place / "repo"
+    run("identity", repo, "ota_service_2")
+
+    def after(days: int, *words: object) -> Answer:
+        out, err = io.StringIO(), io.StringIO()
+        later = datetime.now(UTC) + timedelta(days=days)
+        status = main([str(word) for word in words], out=out, err=err, now=lambda: later)
+        return Answer(status, out.getvalue(), err.getvalue())
+
+    assert after(0, "publish", repo).err == ""
+    said = after(780, "publish", repo).err
+    for stem, advice in (
+        ("broker", "edge-ota broker-certificate"),
+        ("ota_service", "edge-ota identity"),
+        ("ota_service_2", f"edge-ota identity {repo} ota_service_2"),
+    ):
+        assert re.search(rf"^warning: {stem}\.pem ends on \d{{4}}-\d\d-\d\d: {re.escape(advice)}", said, re.MULTILINE)
+    assert "ca.pem" not in said
+    assert re.search(
+        r"^warning: ca\.pem ends on .*edge-ota renew-ca", after(7300 - 800, "publish", repo).err, re.MULTILINE
+    )
+    renewed = after(7300 - 800, "renew-ca", repo, "--json")
+    assert (renewed.status, "need a bundle by hand" in renewed.err) == (0, True)
+    assert renewed.data["expires"] > renewed.data["former_expires"]
+    assert Path(renewed.data["crl"]).is_file()
+    assert "ca.pem" not in after(7300 - 800, "publish", repo).err
+    assert after(0, "renew-ca", repo).status == 65
+
+
+def test_a_release_that_waits_for_a_key_is_named_and_the_timestamp_is_signed(place: Path) -> None:
+    release(place, "1.0.0")
+    (place / "repo/keys/targets.pem").rename(place / "targets.pem")
+    answer = run("publish", place / "repo")
+    assert answer.status == 66
+    assert "timestamp 2 is valid until" in answer.out
+    bring = f"bring {place / 'repo/keys/targets.pem'} and publish again"
+    assert answer.err == f"warning: person 1.0.0 is not signed: {bring}\n"
+
+
+def test_a_damaged_record_of_a_device_is_a_warning_and_what_was_signed_is_told(place: Path) -> None:
+    repository = Repository.open(place / "repo")
+    FakeDevice("cam-1").enroll(repository)
+    release(place, "1.0.0")
+    run("publish", place / "repo")
+    assert run("grant", place / "repo", "cam-1", "person", "1.0.0").status == 0
+    (place / "repo/devices/cam-1/desired.json").write_bytes(b"{")
+    answer = run("publish", place / "repo")
+    assert answer.status == 74
+    assert "timestamp 3 is valid until" in answer.out
+    assert answer.err.startswith("warning: not every desired.json could be renewed: ")
+
+
+@pytest.mark.parametrize("reason", [reason for reason in Reason if "edge-ota " in OtaError(reason, "").hint])
+def test_a_command_that_a_hint_names_in_full_is_one_that_can_be_typed(reason: Reason) -> None:
+    for command in re.findall(r"edge-ota ([a-z-]+(?: [A-Z][A-Za-z.]*)+)", OtaError(reason, "").hint):
+        _parser().parse_args([word.strip(".") for word in command.split()])
 
 
 def test_an_error_is_json_on_stdout_when_asked_for(place: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import dataclasses
 from typing import Any
 
 import pytest
@@ -11,10 +12,12 @@ from tuf.api.metadata import Metadata, Targets
 
 from ota import payload
 from ota.errors import OtaError, PayloadError
+from ota.publisher import director
 from ota.publisher.director import desired_releases, grant, renew
-from ota.publisher.enroll import enroll, load_device
+from ota.publisher.enroll import enroll, load_device, store_device
 from ota.publisher.publish import publish
 from ota.publisher.repository import Repository
+from ota.publisher.revocation import revoke
 from ota.publisher.vault import Vault
 from tests.ota.publisher.conftest import Build, FakeDevice, ManualClock, model_bytes
 
@@ -118,6 +121,45 @@ def test_documents_past_half_of_their_life_are_renewed(
     assert (second.expires - first.expires).days in (15, 16)
 
 
+def test_a_document_whose_grants_are_for_a_key_that_the_device_replaced_is_renewed(
+    repository: Repository, build: Build, device: FakeDevice
+) -> None:
+    build()
+    publish(repository)
+    grant(repository, device.name, "person", "1.0.0")
+    known = load_device(repository, device.name)
+    newer = FakeDevice(device.name).hpke.public_key().public_bytes_raw()
+    with repository.locked():
+        store_device(repository, dataclasses.replace(known, hpke_public=newer, former_hpke=known.hpke_public))
+    (signed,) = renew(repository)
+    kids = {one["kid"] for one in grants(repository, device).values()}
+    assert (signed.version, kids) == (2, {payload.key_id(newer)})
+    assert renew(repository) == []
+    with repository.locked():
+        former = load_device(repository, device.name)
+        store_device(repository, dataclasses.replace(former, former_hpke=newer))
+    revoke(repository, device.name)
+    assert renew(repository) == []
+
+
+def test_a_damaged_record_of_one_device_costs_no_other_its_renewal(
+    repository: Repository, build: Build, device: FakeDevice, clock: ManualClock
+) -> None:
+    build()
+    publish(repository)
+    others = [FakeDevice("belt-1"), FakeDevice("cam-2")]
+    for other in others:
+        other.enroll(repository)
+    for one in (device, *others):
+        grant(repository, one.name, "person", "1.0.0")
+    (repository.path / "devices/cam-1/device.json").write_bytes(b"{")
+    clock.advance(days=16)
+    publish(repository)
+    with pytest.raises(OtaError, match="cam-1"):
+        renew(repository)
+    assert [document(repository, other).version for other in others] == [2, 2]
+
+
 def test_a_device_that_comes_back_with_a_new_key_gets_grants_for_it(
     repository: Repository, build: Build, device: FakeDevice
 ) -> None:
@@ -130,6 +172,34 @@ def test_a_device_that_comes_back_with_a_new_key_gets_grants_for_it(
     assert signed.version == 2
     cek_id, entry = next(iter(grants(repository, device).items()))
     payload.unwrap_key(wrapped(entry), device.hpke, payload.grant_info(device.name, "person", "1.0.0", cek_id))
+
+
+def test_more_lines_than_a_device_takes_are_refused_and_the_document_stays(
+    repository: Repository, build: Build, device: FakeDevice, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(director, "MAX_ASSIGNMENTS", 2)
+    for line in ("one", "three", "two"):
+        build("1.0.0", line=line)
+    publish(repository)
+    grant(repository, device.name, "one", "1.0.0")
+    grant(repository, device.name, "two", "1.0.0")
+    with pytest.raises(OtaError, match="a device takes 2") as refused:
+        grant(repository, device.name, "three", "1.0.0")
+    assert refused.value.reason.value == "metadata_too_large"
+    assert [listed.line for listed in desired_releases(repository, device.name)] == ["one", "two"]
+
+
+def test_a_document_that_its_device_would_not_read_is_not_written(
+    repository: Repository, build: Build, device: FakeDevice, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    build()
+    publish(repository)
+    grant(repository, device.name, "person", "1.0.0")
+    monkeypatch.setattr(director, "_MAX_BYTES", len(repository.read_desired(device.name) or b"") - 1)
+    with pytest.raises(OtaError) as refused:
+        grant(repository, device.name, "person", "1.0.0")
+    assert refused.value.reason.value == "metadata_too_large"
+    assert load_device(repository, device.name).desired_version == document(repository, device).version == 1
 
 
 def test_unknown_devices_and_releases_are_refused_by_name(

@@ -28,6 +28,7 @@ from hypothesis import strategies as st
 
 from ota import enrolment
 from ota.errors import OtaError, Reason
+from ota.payload import key_id
 from ota.publisher import renewal, revocation, tokens
 from ota.publisher.arguments import listening_address, web_address
 from ota.publisher.deviceverbs import start_listener
@@ -60,6 +61,22 @@ class Running:
             return response.status, json.loads(response.read())
         finally:
             connection.close()
+
+    def connected(self) -> ssl.SSLSocket:
+        """A connection on which nothing was said."""
+        context = ssl.create_default_context(cadata=self.ca)
+        return context.wrap_socket(socket.create_connection(("127.0.0.1", self.port)), server_hostname="127.0.0.1")
+
+    def tell(self, raw: bytes) -> bytes:
+        """Everything that is answered to `raw`."""
+        heard = b""
+        with self.connected() as secured:
+            secured.settimeout(60)
+            secured.sendall(raw)
+            with contextlib.suppress(ConnectionResetError):
+                while more := secured.recv(65536):
+                    heard += more
+        return heard
 
 
 BOUNDS = Bounds(connections=4, read_timeout_s=0.5, total_s=1.5, address_burst=1000, address_per_s=100)
@@ -125,6 +142,7 @@ def test_a_device_enrols_over_https_and_an_error_has_its_status_reason_and_hint(
         ("POST", "/renew", {"version": 1}, 400, "bad_request"),
         ("GET", "/../repo.toml", None, 404, "not_found"),
         ("GET", "/enroll", None, 404, "not_found"),
+        ("PUT", "/enroll", None, 400, "bad_request"),
     ],
 )
 def test_what_is_no_request_is_refused(
@@ -150,6 +168,44 @@ def test_whatever_is_posted_is_answered_with_a_reason(body: bytes) -> None:
         with pytest.raises(OtaError) as caught:
             registrar.answer("a", "POST", path, body)
         assert caught.value.reason in (Reason.BAD_JSON, Reason.BAD_REQUEST, Reason.UNKNOWN_DEVICE)
+
+
+@pytest.mark.parametrize("raw", [b"nonsense\r\n\r\n", b"GET /ca HTTP/9\r\n\r\n"])
+def test_what_is_no_http_is_answered_with_a_reason_too(repository: Repository, raw: bytes) -> None:
+    running = Running(repository, dataclasses.replace(BOUNDS, read_timeout_s=60, total_s=120))
+    try:
+        head, _, body = running.tell(raw).partition(b"\r\n\r\n")
+    finally:
+        running.listener.close()
+    assert head.startswith(b"HTTP/1.0 400 ")
+    assert json.loads(body)["error"] == "bad_request"
+    assert len(running.said) == 1
+    assert running.said[0].isprintable()
+
+
+def test_a_head_without_end_is_not_read_to_its_end(repository: Repository) -> None:
+    running = Running(repository, dataclasses.replace(BOUNDS, read_timeout_s=60, total_s=120))
+    begun = b"GET /nonce HTTP/1.0\r\nX-a: "
+    try:
+        # no more than is read: on bytes that nobody reads the answer would be lost
+        answer = running.tell(begun + b"b" * (16 * 1024 - len(begun)))
+    finally:
+        running.listener.close()
+    assert (answer[:13], b"too long" in answer) == (b"HTTP/1.0 400 ", True)
+
+
+def test_addresses_of_one_subscriber_count_as_one(repository: Repository) -> None:
+    registrar = Registrar(
+        repository, PLACES, clock=lambda: 0.0, bounds=dataclasses.replace(BOUNDS, address_burst=2, address_per_s=0)
+    )
+    for address in ("2001:db8:1:2::1", "2001:db8:1:2:ffff::9", "2001:db8:1:3::1", "192.0.2.1", "::ffff:192.0.2.1"):
+        registrar.answer(address, "GET", "/nonce", b"")
+    for address in ("2001:db8:1:2::3", "192.0.2.1"):
+        with pytest.raises(OtaError) as caught:
+            registrar.answer(address, "GET", "/nonce", b"")
+        assert caught.value.reason is Reason.TOO_MANY_ATTEMPTS
+    registrar.answer("2001:db8:1:3::2", "GET", "/nonce", b"")
+    registrar.answer("192.0.2.2", "GET", "/nonce", b"")
 
 
 def test_a_slow_stranger_is_hung_up_and_others_are_served_meanwhile(running: Running) -> None:
@@ -179,6 +235,24 @@ def test_more_connections_than_allowed_are_closed_unread(running: Running) -> No
         assert extra.recv(1) == b""
     for sock in held:
         sock.close()
+
+
+def test_a_connection_for_which_there_is_no_thread_ends_and_the_next_is_served(
+    running: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = threading.Thread.start
+    short = iter([True])
+
+    def start(thread: threading.Thread) -> None:
+        if next(short, False):
+            raise RuntimeError("can't start new thread")
+        real(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", start)
+    with socket.create_connection(("127.0.0.1", running.port)) as ended:
+        ended.settimeout(60)
+        assert ended.recv(1) == b""
+    assert running.ask("GET", "/nonce")[0] == 200
 
 
 def test_one_address_holds_so_many_connections_and_leaves_room_for_others(repository: Repository) -> None:
@@ -320,6 +394,82 @@ def test_every_certificate_that_a_stolen_key_got_is_revoked_with_the_device(
     revocation.revoke(repository, "cam-7")
     listed = {entry.serial_number for entry in x509.load_pem_x509_crl((repository.path / "revoked.pem").read_bytes())}
     assert issued <= listed
+
+
+def test_the_audit_shows_a_renewal_with_a_key_that_is_not_the_newest_as_a_copied_one_would_be(
+    repository: Repository, nonces: renewal.Nonces, clock: ManualClock
+) -> None:
+    board = Old(repository)
+    clock.advance(560)
+    copied = copy.copy(board)
+    copied.next = FakeDevice("cam-7")
+    used = board.later(attempt(repository, board, nonces))
+    attempt(repository, copied, nonces)
+    attempt(repository, used, nonces)
+    lines = [json.loads(line) for line in (repository.path / "audit.jsonl").read_text().splitlines()]
+    renewed = [(line["superseded"], line["shown"]) for line in lines if line["action"] == "renewed"]
+    first = f"{x509.load_pem_x509_certificate(board.certificate.encode()).serial_number:x}"
+    assert [superseded for superseded, _ in renewed] == [False, True, True]
+    assert [shown for _, shown in renewed][:2] == [first, first]
+
+
+def test_a_device_that_is_revoked_again_and_again_is_named_by_each_key_that_it_may_have(
+    repository: Repository, nonces: renewal.Nonces
+) -> None:
+    old = Old(repository)
+    attempt(repository, old, nonces)
+    keys = {key_id(device.hpke.public_key().public_bytes_raw()) for device in (old.device, old.next)}
+    for decommission in (False, False, True):
+        revocation.revoke(repository, "cam-7", decommission=decommission)
+        desired = repository.read_desired("cam-7")
+        assert desired is not None
+        assert set(json.loads(desired)["signed"]["revoked_keys"]) == keys
+
+
+def test_without_the_authoritys_key_a_device_is_told_all_the_same_that_it_is_revoked(repository: Repository) -> None:
+    Old(repository)
+    key = repository.path / "keys" / "ca.key"
+    key.rename(repository.path / "drawer.key")
+    with pytest.raises(OtaError) as caught:
+        revocation.revoke(repository, "cam-7")
+    assert caught.value.reason is Reason.KEY_MISSING
+    desired = repository.read_desired("cam-7")
+    assert desired is not None
+    assert json.loads(desired)["signed"]["revoked"] is True
+    (repository.path / "drawer.key").rename(key)
+    assert revocation.revoke(repository, "cam-7").crl.is_file()
+
+
+def test_a_renewal_brings_the_later_certificate_of_the_authority_under_which_older_ones_stay_valid(
+    running: Running, repository: Repository
+) -> None:
+    old = Old(repository)
+    before = repository.authority.certificate()
+    later = repository.authority.renew(repository.now().replace(microsecond=0) + timedelta(days=1), 7300)
+    issued = x509.load_pem_x509_certificate(old.certificate.encode())
+    for certificate in (before, later):
+        issued.verify_directly_issued_by(certificate)
+    nonce = running.ask("POST", "/nonce", {})[1]["nonce"]  # over a connection that trusts the former one alone
+    status, answer = running.ask("POST", "/renew", old.fields(nonce))
+    assert (status, x509.load_pem_x509_certificate(answer["ca"].encode())) == (200, later)
+    assert enrolment.ca_fingerprint(answer["ca"]) == enrolment.ca_fingerprint(running.ca)
+    with pytest.raises(OtaError) as caught:
+        repository.authority.renew(repository.now(), 7299)
+    assert caught.value.reason is Reason.BAD_SPEC
+    assert repository.authority.certificate() == later
+
+
+def test_no_certificate_outlives_the_authority_and_none_is_issued_after_its_end(
+    repository: Repository, clock: ManualClock
+) -> None:
+    end = repository.authority.certificate().not_valid_after_utc
+    clock.advance(7300 - 100)
+    issued = json.loads(FakeDevice("cam-1").enroll(repository).bundle)["certificate"]
+    assert x509.load_pem_x509_certificate(issued.encode()).not_valid_after_utc == end
+    clock.advance(101)
+    with pytest.raises(OtaError) as caught:
+        FakeDevice("cam-2").enroll(repository)
+    assert (caught.value.reason, "renew-ca" in caught.value.hint) == (Reason.CERTIFICATE_EXPIRED, True)
 
 
 @pytest.mark.fault("F52")

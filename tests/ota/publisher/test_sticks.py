@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -231,6 +232,42 @@ def test_sticks_are_written_without_the_keys_of_root_and_targets(
     assert refused.value.reason.value == "key_missing"
 
 
+def test_without_the_key_of_targets_sticks_are_written_until_targets_end(
+    repository: Repository, own: Repository, granted: FakeDevice, clock: ManualClock, tmp_path: Path
+) -> None:
+    write_sideload(repository, granted.name, tmp_path / "first")
+    (own.keys.directory / "targets.pem").rename(tmp_path / "targets.pem")
+    clock.advance(200)
+    publish(repository)
+    stick = write_sideload(repository, granted.name, tmp_path / "second")
+    assert stick.expires == own.targets().signed.expires > clock()
+    clock.advance(170)
+    with pytest.raises(OtaError) as refused:
+        write_sideload(repository, granted.name, tmp_path / "third")
+    assert refused.value.reason.value == "key_missing"
+
+
+def test_a_change_of_the_director_of_sticks_needs_the_key_of_targets_before_anything_moves(
+    repository: Repository, own: Repository, granted: FakeDevice, tmp_path: Path
+) -> None:
+    write_sideload(repository, granted.name, tmp_path / "first")
+    (own.keys.directory / "targets.pem").rename(tmp_path / "targets.pem")
+    with pytest.raises(OtaError) as refused:
+        rotate_stick_key(repository, "director")
+    assert refused.value.reason.value == "key_missing"
+    write_sideload(repository, granted.name, tmp_path / "second")
+
+
+def test_a_key_of_sticks_that_is_not_the_known_one_names_the_command_for_sticks(
+    repository: Repository, own: Repository, granted: FakeDevice, tmp_path: Path
+) -> None:
+    (own.keys.directory / "timestamp.pem").unlink()
+    own.keys.create_signer("timestamp")
+    with pytest.raises(OtaError) as refused:
+        write_sideload(repository, granted.name, tmp_path / "first")
+    assert refused.value.hint.endswith("edge-ota sticks REPO --rotate timestamp")
+
+
 def test_an_unknown_key_and_a_fleet_without_sticks_are_refused(repository: Repository) -> None:
     with pytest.raises(OtaError) as refused:
         rotate_stick_key(repository, "timestamp")
@@ -259,7 +296,7 @@ def test_an_interrupted_making_is_finished_with_the_same_keys(repository: Reposi
     assert {name for name in keys if kept[name] == keys[name]} == set(keys) - {"director.pem"}
 
 
-def test_a_taken_place_and_a_zip_above_four_gigabytes_are_refused(
+def test_a_taken_place_and_a_zip_above_two_gigabytes_are_refused(
     repository: Repository, granted: FakeDevice, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "taken.zip").write_bytes(b"mine")
@@ -274,24 +311,78 @@ def test_a_taken_place_and_a_zip_above_four_gigabytes_are_refused(
     assert not (tmp_path / "large.zip").exists()
 
 
-@pytest.mark.parametrize("name", ["stick", "stick.zip"])
-def test_a_stick_that_gets_full_is_no_repository(
-    repository: Repository, granted: FakeDevice, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+@pytest.mark.parametrize(
+    ("name", "syncs"), [*(("stick", syncs) for syncs in (0, 1, 3, 6, 10, 20)), ("stick.zip", 0), ("stick.zip", 1)]
+)
+def test_a_stick_that_gets_full_is_no_repository_and_the_same_command_works_when_there_is_space(
+    repository: Repository, granted: FakeDevice, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, syncs: int
 ) -> None:
-    genuine, left = os.fsync, iter(range(6))
+    genuine, left = os.fsync, iter(range(syncs))
 
     def fsync(fd: int) -> None:
-        if next(left, None) is None and "stick" in os.readlink(f"/proc/self/fd/{fd}"):
+        if "usb" in os.readlink(f"/proc/self/fd/{fd}") and next(left, None) is None:
             raise OSError(28, "No space left on device")
         genuine(fd)
 
     publish(repository, [])
     monkeypatch.setattr(files.os, "fsync", fsync)
+    place = tmp_path / "usb" / name
+    place.parent.mkdir()
     with pytest.raises(OtaError) as refused:
-        write_sideload(repository, granted.name, tmp_path / "usb" / name if name == "stick" else tmp_path / name)
+        write_sideload(repository, granted.name, place)
     assert refused.value.reason.value == "no_space"
-    assert not (tmp_path / "usb/stick/metadata/timestamp.json").exists()
-    assert not (tmp_path / "stick.zip").exists()
+    assert not [path for path in place.parent.rglob("*") if path != tmp_path / "usb/stick"]
+    # there is space again, and the same command is given
+    monkeypatch.undo()
+    assert write_sideload(repository, granted.name, place).files == len(content(place))
+
+
+def test_every_directory_on_a_stick_is_durable_when_it_is_written(
+    repository: Repository, granted: FakeDevice, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """FAT does not write the entry of a new directory because a file in it was synced, and people pull sticks."""
+    genuine, durable = os.fsync, set[Path]()
+    out = tmp_path / "usb" / "stick"
+
+    def fsync(fd: int) -> None:
+        genuine(fd)
+        place = Path(os.readlink(f"/proc/self/fd/{fd}"))
+        if place.is_dir():
+            durable.update(place.iterdir())
+
+    monkeypatch.setattr(files.os, "fsync", fsync)
+    write_sideload(repository, granted.name, out)
+    assert {out.parent, out, *out.rglob("*")} <= durable
+
+
+@pytest.mark.parametrize("name", ["stick", "stick.zip"])
+def test_a_stick_is_written_to_a_share_that_cannot_sync_directories(
+    repository: Repository, granted: FakeDevice, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """CIFS and the shared folders of virtual machines; the repository itself is not to lie there."""
+    genuine, out = os.fsync, tmp_path / "share" / name
+    out.parent.mkdir()
+
+    def fsync(fd: int) -> None:
+        place = Path(os.readlink(f"/proc/self/fd/{fd}"))
+        if place.is_dir() and out.parent in (place, *place.parents):
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        genuine(fd)
+
+    monkeypatch.setattr(files.os, "fsync", fsync)
+    assert write_sideload(repository, granted.name, out).files == len(content(out))
+
+
+def test_a_folder_that_holds_other_things_is_refused_with_a_place_inside_it(
+    repository: Repository, granted: FakeDevice, tmp_path: Path
+) -> None:
+    """A stick from the shop has a folder of its own already."""
+    (tmp_path / "usb" / "System Volume Information").mkdir(parents=True)
+    with pytest.raises(OtaError) as refused:
+        write_sideload(repository, granted.name, tmp_path / "usb")
+    assert refused.value.reason.value == "repository_exists"
+    assert refused.value.hint.endswith(f"{tmp_path}/usb/{granted.name}")
+    write_sideload(repository, granted.name, tmp_path / "usb" / granted.name)
 
 
 def test_writing_a_stick_needs_memory_for_what_is_on_it_and_not_for_what_could_be(

@@ -76,6 +76,67 @@ def test_metadata_past_half_of_its_life_is_signed_anew(
     assert client.fetch("person/1.0.0/release.json") is not None
 
 
+@pytest.mark.parametrize("name", ["targets", "release-person"])
+def test_a_key_that_is_kept_elsewhere_holds_up_only_what_it_signs(
+    repository: Repository, client: StockClient, build: Build, clock: ManualClock, name: str
+) -> None:
+    build()
+    publish(repository)
+    (key := repository.keys.directory / f"{name}.pem").rename(away := key.with_suffix(".away"))
+    clock.advance(days=170)
+    assert publish(repository).waiting == {}
+    clock.advance(days=20)
+    signed = publish(repository)
+    assert signed.waiting.keys() == {name}
+    assert name not in signed.roles
+    clock.advance(days=6)
+    publish(repository)
+    assert client.fetch("person/1.0.0/release.json") is not None
+    away.rename(key)
+    signed = publish(repository)
+    assert name in signed.roles
+    assert not signed.waiting
+
+
+def test_a_release_whose_key_is_elsewhere_waits_and_the_rest_is_published(
+    repository: Repository, client: StockClient, build: Build
+) -> None:
+    build()
+    publish(repository)
+    (key := repository.keys.directory / "targets.pem").rename(away := key.with_suffix(".away"))
+    build("1.1.0", model_bytes(2))
+    build("0.1.0", model_bytes(3), line="meter")
+    signed = publish(repository)
+    assert signed.unsigned == {("meter", "0.1.0"): "targets"}
+    assert signed.roles.keys() == {"release-person", "snapshot", "timestamp"}
+    assert [release.version for release in signed.releases] == ["1.1.0"]
+    assert client.fetch("person/1.1.0/release.json") is not None
+    assert [(r.line, r.version) for r in repository.prepared()] == [("meter", "0.1.0")]
+    with pytest.raises(OtaError) as refused:
+        publish(repository, [("meter", "0.1.0")])
+    assert refused.value.reason.value == "key_missing"
+    away.rename(key)
+    assert not publish(repository).unsigned
+    assert client.fetch("meter/0.1.0/release.json") is not None
+
+
+def test_what_a_device_would_not_read_is_not_published(
+    repository: Repository, client: StockClient, build: Build
+) -> None:
+    build()
+    publish(repository)
+    role = repository.targets("release-person")
+    role.signed.unrecognized_fields["note"] = "n" * (1 << 20)
+    role.sign(repository.keys.signer("release-person"))
+    version = role.signed.version
+    files.write_atomic(repository.metadata_path("release-person", version), role.to_bytes())
+    build("1.1.0", model_bytes(2))
+    with pytest.raises(OtaError) as refused:
+        publish(repository)
+    assert refused.value.reason.value == "metadata_too_large"
+    assert not repository.metadata_path("release-person", version + 1).exists()
+
+
 def test_a_repository_nobody_renews_expires(tmp_path, clock: ManualClock) -> None:
     clock.advance(days=-8)
     repository = create(tmp_path / "old", now=clock)

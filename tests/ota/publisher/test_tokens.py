@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import threading
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from cryptography import x509
 
 from ota import enrolment
 from ota.errors import OtaError
-from ota.publisher import tokens
+from ota.publisher import audit, tokens
 from ota.publisher.certificates import certificate_pem
 from ota.publisher.enroll import Places, load_device, parse_request
 from ota.publisher.repository import Repository
@@ -71,6 +72,21 @@ def test_each_wrong_token_has_its_own_reason(repository: Repository, clock: Manu
     clock.advance(3 / 24)
     assert refused(repository, made.text, FakeDevice("cam-7")) == "token_expired"
     assert list(repository.devices()) == []
+
+
+def test_another_token_takes_the_place_of_one_that_was_not_used_and_of_no_other(repository: Repository) -> None:
+    lost, other = tokens.make(repository, "cam-1").text, tokens.make(repository, "cam-2").text
+    second = tokens.make(repository, "cam-1").text
+    assert refused(repository, lost, FakeDevice("cam-1")) == "token_unknown"
+    board = FakeDevice("cam-1")
+    bundle = redeem(repository, second, board)
+    third = tokens.make(repository, "cam-1", replace=True).text
+    # the board that enrolled with it may still repeat its request
+    assert redeem(repository, second, board) == bundle
+    fourth = tokens.make(repository, "cam-1", replace=True).text
+    assert refused(repository, third, FakeDevice("cam-1")) == "token_unknown"
+    assert redeem(repository, other, FakeDevice("cam-2"))
+    assert redeem(repository, fourth, FakeDevice("cam-1"))
 
 
 def test_of_two_boards_at_once_one_wins(repository: Repository) -> None:
@@ -229,3 +245,17 @@ def test_the_audit_has_a_line_for_each_act(repository: Repository, tmp_path: Pat
     assert [line["action"] for line in lines] == ["token_made", "enrolled", "revoked"]
     assert all(line["by"] and line["time"] and line["device"] == "cam-7" for line in lines)
     assert (repository.path / "audit.jsonl").stat().st_mode & 0o077 == 0
+
+
+def test_a_line_for_which_the_disk_has_no_room_leaves_no_half_of_it(
+    repository: Repository, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    audit.record(repository, "token_made", "cam-7")
+    before = (repository.path / "audit.jsonl").read_bytes()
+    real = os.write
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "write", lambda fd, data: real(fd, data[:10]))
+        with pytest.raises(OtaError) as caught:
+            audit.record(repository, "token_made", "cam-8")
+    assert (caught.value.reason.value, bool(caught.value.hint)) == ("io_error", True)
+    assert (repository.path / "audit.jsonl").read_bytes() == before
