@@ -122,6 +122,7 @@ def config_once(config: Config, text: str | None) -> dict[str, Any]:
     """
     become_owner(config.state_dir)
     with locked(config.state_dir):
+        _refuse_revoked(config.state_dir)
         kept = _kept(config)
         if text is None:
             return settings.show(config, kept)

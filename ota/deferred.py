@@ -50,6 +50,8 @@ def _put(name: str) -> _StandIn | None:
             package = importlib.import_module(parent)
         except ModuleNotFoundError:  # another version of the dependency
             return None
+        if name in sys.modules:
+            return None  # the parent uses it itself
         # `import a.b` binds a, and finds b as its attribute
         setattr(package, leaf, stand_in)
     sys.modules[name] = stand_in

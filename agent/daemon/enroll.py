@@ -201,9 +201,10 @@ def keep_authority(pem: str, state_dir: Path) -> bool:
     path = state_dir / FOLDER / _BUNDLE
     bundle = strictjson.loads(path.read_bytes(), max_bytes=MAX_BUNDLE_BYTES, what="enrolment bundle")
     changed = strictjson.canonical({**bundle, "ca": pem}) + b"\n"
+    fields = _parse(changed)  # what the next start could not read must not take the place of what it can
     fs = Fs(state_dir)
     fs.write_atomic(f"{FOLDER}/{_BUNDLE}", changed)
-    _unpack(_parse(changed), fs)
+    _unpack(fields, fs)
     return True
 
 

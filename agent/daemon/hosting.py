@@ -12,7 +12,7 @@ import logging
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -199,25 +199,29 @@ class ModelHost:
         Raises:
             OtaError: it cannot be served now; where a verdict is known the line goes on trying.
         """
-        runtime = self._line(candidate.line)
-        ladder, model = self._ladder(runtime), candidate.component.plain_sha256
-        known = [v for v in rank(self._verdicts.get(candidate.line, [])) if v.model == model and v.requested in ladder]
-        if not known:
-            tested = await self.self_test(candidate)
-            known = [self._verdict(candidate, tested.component, tested.delegate)]
-        try:
-            await self._serve(candidate, known[0])
-        except OtaError:
-            runtime.keep_trying(candidate, known[0])
-            raise
+        runtime, model = self._line(candidate.line), candidate.component.plain_sha256
+        while True:
+            ladder, ranked = self._ladder(runtime), rank(self._verdicts.get(candidate.line, []))
+            best = next((v for v in ranked if v.model == model and v.requested in ladder), None)
+            if best is None:
+                tested = await self.self_test(candidate)
+                best = self._verdict(candidate, tested.component, tested.delegate)
+            try:
+                return await self._serve(candidate, best)
+            except OtaError:
+                if self._owner(best.requested, runtime):
+                    continue  # another line came first: on what is left
+                runtime.keep_trying(candidate, best)
+                raise
 
     async def _serve(self, candidate: Candidate, verdict: Verdict) -> None:
-        runtime = self._line(candidate.line)
-        # another line may have come first while this one was tried
-        self._refuse_taken(runtime, [(verdict.component, verdict.requested)])
-        alone = verdict.requested in self._profile.exclusive and runtime.holds(verdict.requested)
+        runtime, exclusive = self._line(candidate.line), verdict.requested in self._profile.exclusive
         try:
-            await runtime.serve(candidate, verdict, alone=alone)
+            # a trial of another line may have it open
+            async with self._lending if exclusive else nullcontext():
+                # another line may have come first while this one was tried
+                self._refuse_taken(runtime, [(verdict.component, verdict.requested)])
+                await runtime.serve(candidate, verdict, alone=exclusive and runtime.holds(verdict.requested))
         except AgentError as e:
             if e.reason is AgentReason.WORKER_UNAVAILABLE:
                 raise _busy(e) from e  # no source, no host: that is no verdict on the release
@@ -304,6 +308,8 @@ class ModelHost:
         async with AsyncExitStack() as stack:
             if alone:
                 await stack.enter_async_context(self._lending)
+                # another line may have come first while this one waited
+                self._refuse_taken(runtime, alone)
             if any(runtime.holds(delegate) for _, delegate in alone):
                 await stack.enter_async_context(runtime.lend())
             for pair in alone:

@@ -98,7 +98,8 @@ class LineRuntime:
     @property
     def lent(self) -> bool:
         """Whether nothing serves because what it serves on is needed for a trial, or for its successor."""
-        return self._gap_since is not None
+        # one that is on its way back makes room for nobody: where it does not come back, the log says why
+        return self._gap_since is not None and self._revive is None
 
     def holds(self, delegate: str) -> bool:
         """Whether this line owns `delegate`: a worker of it lives there, or is to serve there."""
@@ -141,7 +142,7 @@ class LineRuntime:
             self._revive_if_dead()
 
     async def _vacate(self) -> None:
-        """End every worker of the line; the lock is held."""
+        """End every worker of the line, and wait until all are gone; the lock is held."""
         old, self.serving = self.serving, None
         if old is not None:
             self._gap_since = self._gap_since or time.monotonic()
@@ -151,6 +152,11 @@ class LineRuntime:
             finally:
                 old.worker.kill()  # nobody else knows of it, should this have been cancelled
         await asyncio.gather(*self._retiring)
+        # a start that was called off killed its worker and did not wait: it may have the hardware open still
+        for worker in self._delegates:
+            worker.kill()
+        if leaving := [worker.exited for worker in self._delegates if not worker.exited.done()]:
+            await asyncio.wait(leaving)
 
     def keep_trying(self, candidate: Candidate, verdict: Verdict) -> None:
         """Go on trying to make `candidate` serve, with back-off, until it does or something else is put to work."""
@@ -288,10 +294,14 @@ class LineRuntime:
         return Serving(worker, candidate, verdict, reader)
 
     async def _retire(self, old: Serving) -> None:
-        finished = self._finished.setdefault(old.worker.number, asyncio.get_running_loop().create_future())
-        await asyncio.wait((finished, old.worker.exited), timeout=FINISH_TIMEOUT_S, return_when=asyncio.FIRST_COMPLETED)
-        await old.worker.stop()
-        self._finished.pop(old.worker.number, None)
+        worker = old.worker
+        finished = self._finished.setdefault(worker.number, asyncio.get_running_loop().create_future())
+        try:
+            await asyncio.wait((finished, worker.exited), timeout=FINISH_TIMEOUT_S, return_when=asyncio.FIRST_COMPLETED)
+            await worker.stop()
+        finally:
+            worker.kill()  # nobody else knows of it, should whoever waits for this have been cancelled
+            self._finished.pop(worker.number, None)
 
     def _said(self, worker: Worker, packet: protocol.Packet) -> None:
         message = packet.message

@@ -33,7 +33,7 @@ _BEAT_S = 5.0
 # what people ask a daemon that serves
 _REFUSED = (
     *("POST /cancel", "POST /check", "POST /retry", "POST /rollback", "POST /sideload"),
-    *("GET /config", "POST /config", "GET /keys", "POST /keys/rotate", "POST /keys/seal"),
+    *("GET /config", "GET /keys", "GET /modules", "POST /config", "POST /keys/rotate", "POST /keys/seal"),
 )
 
 

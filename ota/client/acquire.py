@@ -9,6 +9,7 @@ replaced by its full payload, once; nothing is staged but what the release signs
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import os
 from collections.abc import Awaitable, Mapping, Sequence
 from dataclasses import replace
@@ -46,17 +47,16 @@ class Acquisition:
         self.holds: set[str] = set()
 
     async def release(self, assignment: Assignment) -> Release:
-        """The assigned release, from the store or a transport.
+        """The assigned release, from the store or the first transport that has what was signed.
 
         Raises:
-            OtaError: `metadata_mismatch` or `bad_release`: it is not what was signed.
+            OtaError: `metadata_mismatch`: one has something else, and no other has it; `bad_release`.
             TransferError: no transport has it.
         """
         kept = self._parts.store.release(assignment.sha256)
         data = kept.raw if kept is not None else await self._fetch_release(assignment)
+        _check_signed(assignment, data)
         release = releases.parse(data)
-        if release.sha256 != assignment.sha256 or len(data) != assignment.length:
-            raise OtaError(Reason.METADATA_MISMATCH, f"{assignment.path} is not the file that was signed", retry=True)
         if (release.line, release.version) != (assignment.line, assignment.version):
             raise OtaError(Reason.BAD_RELEASE, f"{assignment.path} describes {release.line} {release.version}")
         return release
@@ -123,20 +123,29 @@ class Acquisition:
             self._ledger.say(machine.FileStaged(), release.version)
 
     async def _fetch_release(self, assignment: Assignment) -> bytes:
-        failure: TransferError | None = None
+        failure: OtaError | None = None
+        lie: OtaError | None = None
         for transport in self._transports:
             try:
                 async with asyncio.timeout(self._parts.limits.metadata_timeout_s):
                     data = await transport.target(assignment.path, assignment.sha256, assignment.length)
+                _check_signed(assignment, data)
             except TimeoutError:
-                failure = TransferError(Reason.TRANSFER_TIMEOUT, f"{transport.name} did not answer", retry=True)
+                failure = failure or TransferError(
+                    Reason.TRANSFER_TIMEOUT, f"{transport.name} did not answer", retry=True
+                )
             except TransferError as e:
                 failure = failure or e
+            except OtaError as e:
+                lie = lie or OtaError(e.reason, f"{transport.name}: {e.message}", hint=e.hint, retry=True)
             else:
                 traffic = self._ledger.traffic
                 self._ledger.traffic = replace(traffic, metadata_bytes=traffic.metadata_bytes + len(data))
+                if lie is not None:
+                    self._ledger.tell(assignment.version, lie.reason, f"passed over: {lie.message}")
                 return data
-        raise failure or TransferError(Reason.SOURCE_UNREACHABLE, "there is no transport to fetch from", retry=True)
+        none = TransferError(Reason.SOURCE_UNREACHABLE, "there is no transport to fetch from", retry=True)
+        raise lie or failure or none
 
     async def _fetch(self, release: Release, waiting: list[Plan]) -> None:
         inbox, counts = self._parts.inbox, self._ledger.counts
@@ -221,6 +230,12 @@ class Acquisition:
             store.discard(component.plain_sha256)
             return False
         return True
+
+
+def _check_signed(assignment: Assignment, data: bytes) -> None:
+    """Before anybody reads it: what is wrong with it is not the publisher's then."""
+    if hashlib.sha256(data).hexdigest() != assignment.sha256 or len(data) != assignment.length:
+        raise OtaError(Reason.METADATA_MISMATCH, f"{assignment.path} is not the file that was signed", retry=True)
 
 
 async def within(limit_s: float, what: str, work: Awaitable[_T]) -> _T:

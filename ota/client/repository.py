@@ -36,6 +36,8 @@ ELSEWHERE = frozenset(
     }
 )
 """What says nothing about the repository, only about the way to it."""
+# of these alone nobody has to be told as long as another transport answers
+_OUT_OF_REACH = frozenset({Reason.SOURCE_UNREACHABLE, Reason.TRANSFER_TIMEOUT})
 _COMPLETE = (False, 0)
 
 
@@ -43,8 +45,7 @@ _COMPLETE = (False, 0)
 class Refreshed:
     """What a refresh found, over which transport, for how many bytes of metadata.
 
-    `passed_over` is what was wrong with the documents of a transport that was asked before; None when it was only out
-    of reach.
+    `passed_over` is what was wrong with another transport or its documents; None when it was only out of reach.
     """
 
     desired: Desired
@@ -106,7 +107,8 @@ class Repository:
         wrong = next(((way, e) for way, e in failures if e.reason not in ELSEWHERE), None)
         if best is not None:
             read_bytes = sum(answer.metadata_bytes for answer in answers)
-            return replace(best, metadata_bytes=read_bytes, passed_over=_passed_over(*wrong) if wrong else None)
+            named = wrong or next(((way, e) for way, e in failures if e.reason not in _OUT_OF_REACH), None)
+            return replace(best, metadata_bytes=read_bytes, passed_over=_passed_over(*named) if named else None)
         if failures:
             raise (wrong or failures[0])[1]
         raise TransferError(

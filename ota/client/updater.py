@@ -128,9 +128,9 @@ class Updater:
         return None if installed is None else payloads.stored_candidate(self._store, installed)
 
     async def recover(self) -> list[UpdateEvent]:
-        """Bring every line to rest after a restart: applies the recovery map, replaces an active release whose files
-        no longer open by the previous one, removes what nobody needs. Calls no method of the host: nothing serves
-        yet. Interrupted trials go on at the next `check`, network or not.
+        """Bring every line to rest after a restart: applies the recovery map, replaces an active release whose files no
+        longer open by the previous one, removes what nobody needs. Calls no method of the host: nothing serves yet.
+        Interrupted trials go on at the next `check`, network or not.
 
         Returns:
             What was found wrong, also given to `on_event`.
@@ -139,8 +139,9 @@ class Updater:
         if self._journal.condition is not None:
             events.append(self._rest.device_event(self._journal.condition))
         for name in sorted(self.record.lines):
+            if name in self._running:
+                continue  # people are answered already: it has brought its line to rest, and the others must not wait
             try:
-                # people are answered already: whoever came first has brought the line to rest
                 async with self.starting(name):
                     events += self._rest.settle(name)
                     events += await self._rest.check_active(name)
@@ -159,8 +160,7 @@ class Updater:
         return await self._round(self._main, self._transports, line)
 
     async def consult(self, transport: Transport) -> bool:
-        """Whether the verified documents of `transport` say that this device is expelled; `on_revoked` was called then.
-        Nothing is installed from there.
+        """Whether `transport` proves that this device is expelled; `on_revoked` was called then. Nothing is installed.
 
         Raises:
             OtaError: they cannot be had or verified.

@@ -123,7 +123,8 @@ class Conversation(BaseHTTPRequestHandler):
 
     def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
         """What the library refuses by itself."""
-        self.command, self.path = self.command or "", getattr(self, "path", "")
+        # a method that is none is in `message`, cut and quoted
+        self.command, self.path = "", getattr(self, "path", "")
         # a first line that is none would otherwise be answered without a status, as HTTP once was
         self.request_version = self.protocol_version
         what = f"not a request of this listener ({code}: {(message or '')[:80]!r})"

@@ -138,7 +138,8 @@ def _current(repository: Repository, device: str) -> Metadata[Targets] | None:
 
 
 def _sign(repository: Repository, device: Device, releases: Sequence[Listed]) -> Desired:
-    if len(releases) > MAX_ASSIGNMENTS:
+    # a device looks at its revocation before it counts
+    if len(releases) > MAX_ASSIGNMENTS and not device.revoked:
         raise PublishError(
             Reason.METADATA_TOO_LARGE,
             f"{device.device} would run {len(releases)} lines, and a device takes {MAX_ASSIGNMENTS}",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from datetime import timedelta
 
+from ota.errors import OtaError
 from ota.publisher import revocation, rotate
 from ota.publisher.certificates import LISTENER_NAME
 from ota.publisher.reports import Add, Report, Surroundings
@@ -28,11 +29,12 @@ def add_key_verbs(add: Add) -> None:
 
 
 def ending(repository: Repository) -> tuple[str, ...]:
-    """Which certificates among the keys end soon, with what to do: a line each. Nothing of it happens by itself.
-
-    Raises:
-        PublishError: `unsafe_file` for one that cannot be read.
-    """
+    """Which certificates among the keys end soon, or that one cannot be read, with what to do: a line each. Nothing of
+    it happens by itself."""
+    try:
+        ends = repository.authority.ends()
+    except OtaError as e:
+        return (f"{e.message}; {e.hint}",)  # what was signed meanwhile is signed
     now, days = repository.now(), repository.settings.device_certificate_days
     path = repository.path
     advice = {
@@ -43,7 +45,7 @@ def ending(repository: Repository) -> tuple[str, ...]:
     return tuple(
         f"{name}.pem ends on {end:%Y-%m-%d}: "
         + advice.get(name, f"edge-ota identity {path} {name}, then restart who connects with it")
-        for name, end in repository.authority.ends().items()
+        for name, end in ends.items()
         if end - now < timedelta(days=days if name == "ca" else _SERVER_WARNING_DAYS)
     )
 

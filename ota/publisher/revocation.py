@@ -51,8 +51,9 @@ def revoke(repository: Repository, device: str, reason: str = "", *, decommissio
     """Expel `device`; with `decommission` for good, its assignments are dropped too. Again is well.
 
     Raises:
-        PublishError: `unknown_device`; `key_missing` when `director.pem` is elsewhere, or `ca.key`: then the device is
-            told all the same, and only the broker's list is missing; `busy`, `io_error`.
+        PublishError: `unknown_device`; `key_missing` when `director.pem` is elsewhere, or `ca.key`; `state_corrupt`,
+            `busy`, `io_error`. When the device's document cannot be signed the broker's list is made all the same, and
+            the other way round.
     """
     with repository.locked():
         known = load_device(repository, device)
@@ -61,12 +62,17 @@ def revoke(repository: Repository, device: str, reason: str = "", *, decommissio
             known, revoked=known.revoked or _iso(now), decommissioned=decommission or known.decommissioned
         )
         store_device(repository, expelled)
-        # its key lies here in any case; the list needs ca.key, which may be kept elsewhere
-        desired = director.expel(repository, expelled)
-        path = revoke_certificates(repository, expelled, reason)
-        action = "decommissioned" if decommission else "revoked"
-        audit.record(repository, action, device, reason=reason[:_MAX_REASON], desired_version=desired.version)
-        return Revoked(load_device(repository, device), desired.version, len(expelled.certificates), path)
+        try:
+            try:
+                desired = director.expel(repository, expelled)
+            finally:
+                # another key signs the list: one that cannot be made does not keep back the other
+                path = revoke_certificates(repository, expelled, reason)
+        finally:
+            told = load_device(repository, device)
+            action = "decommissioned" if decommission else "revoked"
+            audit.record(repository, action, device, reason=reason[:_MAX_REASON], desired_version=told.desired_version)
+        return Revoked(told, desired.version, len(expelled.certificates), path)
 
 
 def take_over(repository: Repository, wanted: Request, places: Places) -> Enrolled:

@@ -155,12 +155,13 @@ def _own_metadata(repository: Repository, own: Repository, device: str, releases
         for listed in releases:
             grants |= director.grants_for(repository, enrolled, repository.release(listed))
         desired = sticks.sign_desired(repository, own, device, releases, grants)
-    documents = {f"devices/{device}/desired.json": desired}
-    lines = [renewed.releases[listed.line] for listed in releases]
-    for source, names in ((repository, lines), (own, renewed.files)):
-        for name in names:
-            data = files.read_regular(source.path / "metadata" / name, MAX_PAYLOAD_BYTES)
-            documents[f"metadata/{name}"] = _present(data, name)
+        documents = {f"devices/{device}/desired.json": desired}
+        lines = [renewed.releases[listed.line] for listed in releases]
+        # under the lock: the next stick's timestamp takes the place of this one's, and `garbage` what that overtook
+        for source, names in ((repository, lines), (own, renewed.files)):
+            for name in names:
+                data = files.read_regular(source.path / "metadata" / name, MAX_PAYLOAD_BYTES)
+                documents[f"metadata/{name}"] = _present(data, name)
     return _Metadata(documents, renewed.expires)
 
 

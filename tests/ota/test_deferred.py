@@ -19,6 +19,8 @@ DEPENDENCY = {
     "deferred_pack/user.py": "import deferred_pack.heavy\ndef use(): return deferred_pack.heavy.value",
     "deferred_pack/other.py": "from deferred_pack import heavy as h\ndef use(): return h.value",
     "deferred_pack/eager.py": "from deferred_pack.heavy import value",
+    "deferred_parent/__init__.py": "import deferred_parent.heavy",
+    "deferred_parent/heavy.py": "",
     "deferred_broken.py": "raise RuntimeError('as it is')",
 }
 
@@ -91,6 +93,14 @@ def test_a_failure_inside_the_block_leaves_no_stand_in_behind() -> None:
 def test_a_name_that_another_version_of_a_dependency_has_not_is_passed_over() -> None:
     with deferred("deferred_pack.gone.heavy", "deferred_gone.heavy"):
         assert importlib.import_module("deferred_pack.user").use() == 42
+
+
+def test_a_name_that_its_own_package_imports_stays_what_it_is() -> None:
+    with deferred("deferred_parent.heavy"):
+        real = sys.modules["deferred_parent.heavy"]
+        assert type(real) is ModuleType
+    assert sys.modules["deferred_parent.heavy"] is real
+    assert sys.modules["deferred_parent"].heavy is real
 
 
 def test_what_paho_and_tuf_would_use_is_there_when_they_do() -> None:

@@ -17,6 +17,7 @@ from agent import profile
 from agent.config import Config, LineConfig, TelemetryConfig
 from agent.daemon import report
 from agent.daemon.hosting import VERDICTS_NAME, ModelHost
+from agent.daemon.lines import LineRuntime
 from agent.daemon.selection import Verdict
 from agent.daemon.updates import LastWords
 from ota.client.journal import Record
@@ -47,6 +48,15 @@ class Bench:
             on_verdicts=lambda *_: None,
         )  # fmt: skip
 
+    def second(self) -> LineRuntime:
+        """Another line of the same source, called other."""
+        line = LineRuntime(
+            replace(self.rig.line.config, name="other"), self.rig.source, self.rig.supervisor, QUICK,
+            on_result=lambda *_: None, on_event=lambda *_: None,
+        )  # fmt: skip
+        self.lines["other"] = line
+        return line
+
     def knows(self, candidate: Candidate, *delegates: str) -> None:
         """Keep passing verdicts, the first of them the fastest."""
         model = candidate.component
@@ -54,7 +64,7 @@ class Bench:
             Verdict(model.name, name, actual=name, min_ms=rank + 1.0, model=model.plain_sha256)
             for rank, name in enumerate(delegates)
         ]
-        self.host._keep("parts", found)
+        self.host._keep(candidate.line, found)
 
     @property
     def delegate(self) -> str:
@@ -396,3 +406,123 @@ def test_a_committed_release_whose_delegate_another_line_took_comes_back_on_one_
         assert bench.delegate == "litert:cpu"
 
     run(body, clip, tmp_path, (XNNPACK, "litert:cpu"), exclusive=(XNNPACK,))
+
+
+def of_line(candidate: Candidate, line: str) -> Candidate:
+    return replace(candidate, release=replace(candidate.release, line=line))
+
+
+def test_of_two_lines_that_want_the_same_accelerator_at_the_start_one_gets_it_and_no_trial_is_beside_it(
+    clip: Path, tmp_path: Path, parts: Candidate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def body(bench: Bench) -> None:
+        watched, other = OneAtATime(bench, monkeypatch), bench.second()
+        both = (bench.host.resume(parts), bench.host.resume(of_line(parts, "other")))
+        done, refused = await asyncio.gather(*both, return_exceptions=True)
+        try:
+            assert done is None
+            assert isinstance(refused, Rejected)
+            assert refused.reason is Reason.BUSY
+            await bench.rig.frames(timeout_s=60)
+            assert not any(watched.others)
+            assert (bench.rig.line.holds(XNNPACK), other.holds(XNNPACK)) == (True, False)
+        finally:
+            await other.stop()
+
+    run(body, clip, tmp_path, exclusive=(XNNPACK,))
+
+
+def test_a_line_that_waited_for_an_accelerator_in_vain_serves_on_what_is_left_and_does_not_open_it_too(
+    clip: Path, tmp_path: Path, parts: Candidate
+) -> None:
+    async def body(bench: Bench) -> None:
+        other = bench.second()
+        theirs = of_line(parts, "other")
+        bench.knows(parts, XNNPACK, "litert:cpu")
+        bench.knows(theirs, XNNPACK, "litert:cpu")
+        try:
+            async with bench.host._lending:  # as a trial of a third line has it
+                both = asyncio.gather(bench.host.resume(parts), bench.host.resume(theirs))
+                await asyncio.sleep(0.2)
+                assert not bench.rig.workers("model")
+            await both
+            assert other.serving is not None
+            assert (bench.delegate, other.serving.verdict.requested) == (XNNPACK, "litert:cpu")
+            assert bench.host.owners() == {XNNPACK: "parts"}
+        finally:
+            await other.stop()
+
+    run(body, clip, tmp_path, (XNNPACK, "litert:cpu"), exclusive=(XNNPACK,))
+
+
+def test_a_line_makes_room_only_when_the_start_that_was_called_off_for_it_is_gone(
+    clip: Path, tmp_path: Path, parts: Candidate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def body(bench: Bench) -> None:
+        line = bench.rig.line
+
+        async def never(component: Any) -> int:
+            return await asyncio.get_running_loop().create_future()
+
+        line.keep_trying(replace(parts, opener=never), Verdict(parts.component.name, XNNPACK))
+        await bench.rig.until(lambda: bool(line._delegates), 60)
+        (starting,) = line._delegates
+        kill, held = starting.kill, asyncio.Event()
+
+        async def slowly() -> None:
+            await asyncio.sleep(0.5)
+            held.set()
+            kill()
+
+        tasks: list[asyncio.Task[None]] = []
+        # a driver takes its time to let go of a process
+        monkeypatch.setattr(starting, "kill", lambda: tasks.append(asyncio.create_task(slowly())))
+        async with line.lend():
+            assert held.is_set()
+            assert starting.exited.done()
+
+    run(body, clip, tmp_path, exclusive=(XNNPACK,))
+
+
+def test_a_worker_on_its_way_out_is_not_left_behind_by_a_change_that_is_cut_off(
+    clip: Path, tmp_path: Path, parts: Candidate, newer: Candidate
+) -> None:
+    async def body(bench: Bench) -> None:
+        rig = bench.rig
+        await rig.serve(parts)
+        await rig.frames(timeout_s=60)
+        assert rig.line.serving is not None
+        old = rig.line.serving.worker
+        os.kill(old.pid, signal.SIGSTOP)
+        await rig.serve(newer)
+        between = rig.line.serving.worker
+        change = asyncio.create_task(
+            rig.line.serve(parts, Verdict(parts.component.name, XNNPACK), alone=True)
+        )  # fmt: skip
+        await rig.until(between.exited.done, 60)
+        change.cancel()
+        await asyncio.gather(change, return_exceptions=True)
+        await rig.until(old.exited.done, 60)
+
+    run(body, clip, tmp_path)
+
+
+def test_a_line_that_does_not_come_back_after_it_made_room_is_not_told_as_one_that_makes_room(
+    clip: Path, tmp_path: Path, parts: Candidate
+) -> None:
+    async def body(bench: Bench) -> None:
+        tries: list[Any] = []
+
+        async def refused(component: Any) -> int:
+            tries.append(component)
+            if len(tries) > 1:
+                raise StoreError(Reason.IO_ERROR, "the store cannot be read")
+            return await parts.opener(component)
+
+        await bench.rig.serve(replace(parts, opener=refused))
+        async with bench.rig.line.lend():
+            assert bench.rig.line.lent
+        await bench.rig.until(lambda: len(tries) > 2, 60)
+        assert not bench.rig.line.lent
+
+    run(body, clip, tmp_path, exclusive=(XNNPACK,))

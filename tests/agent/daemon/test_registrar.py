@@ -287,6 +287,9 @@ def test_a_later_certificate_of_the_authority_is_kept_and_a_token_of_it_is_good_
     keys = FileKeys(tmp_path / "keys").create()
     done = enroll.by_token(server.url, made.text, keys, tmp_path)
     later = certificate_pem(repository.authority.renew(repository.now().replace(microsecond=0), 8000))
+    # of a length with which the bundle could not be read again
+    assert reason(lambda: enroll.keep_authority(later + "\n" * 300_000, tmp_path)) == "bad_bundle"
+    assert enroll.load(tmp_path) == done
     assert enroll.keep_authority(later, tmp_path)
     assert not enroll.keep_authority(later, tmp_path)
     assert enroll.load(tmp_path) == done

@@ -182,7 +182,8 @@ def test_whatever_an_expelled_device_is_asked_it_says_why_it_does_not(tmp_path: 
         try:
             while not loaded.control_socket.exists():
                 await asyncio.sleep(0.01)
-            for method, path in [("GET", "/keys"), ("GET", "/config"), *(("POST", path) for path in asked)]:
+            shown = [("GET", path) for path in ("/config", "/keys", "/modules")]
+            for method, path in [*shown, *(("POST", path) for path in asked)]:
                 with pytest.raises(OtaError) as caught:
                     await asyncio.to_thread(client.ask, loaded, method, path)
                 assert (caught.value.reason.value, caught.value.hint) == ("device_revoked", revoked.HINT), path
@@ -277,7 +278,10 @@ def test_beside_a_dead_daemon_an_expelled_device_opens_no_key_although_a_cut_spa
     def show() -> object:
         return service.keys_once(loaded, {}, "show", storage=True, hpke=False, keep_tls=False)
 
-    for act in (install, show):
+    def settings() -> object:
+        return service.config_once(loaded, None)
+
+    for act in (install, show, settings):
         FileKeys(state / "keys").create()
         Fs(state).write_atomic(revoked.MARK, b'{"v":1}')
         with pytest.raises(ControlError) as caught:

@@ -154,6 +154,25 @@ def test_a_roll_back_during_the_recovery_of_a_damaged_release_leaves_the_one_bef
     assert serving.version == "1.0.0"
 
 
+def test_an_update_that_a_person_began_first_keeps_no_line_from_starting(committed: Device) -> None:
+    committed.release("1.1.0")
+    updater = committed.boot()
+    committed.transport.silent = frozenset({"block"})
+
+    async def scenario() -> None:
+        update = asyncio.create_task(updater.check())
+        while updater.record.line(LINE).state is not State.FETCHING:
+            await asyncio.sleep(0.01)
+        async with asyncio.timeout(20):
+            await updater.recover()
+        assert updater.record.line(LINE).state is State.FETCHING
+        assert await updater.cancel(LINE)
+        await asyncio.gather(update, return_exceptions=True)
+
+    run(scenario())
+    assert updater.record.line(LINE).state is State.IDLE
+
+
 # -- the journal -------------------------------------------------------------------------------------------------------
 
 

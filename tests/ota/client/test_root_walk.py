@@ -22,7 +22,7 @@ from ota.mailbox import Received
 from ota.publisher.serve import BlockServer
 from tests.fakes.blocksource import MemorySource
 from tests.ota.client.conftest import DEVICE, LINE, Device, QuickDisk, run
-from tests.ota.client.simulator import SimulatedTransport, Simulator
+from tests.ota.client.simulator import SimulatedTransport, Simulator, sha256
 
 WAITS = Waits(first_s=0.02, shortest_s=0.02, longest_s=0.03, attempts=2)
 
@@ -175,6 +175,16 @@ def test_a_transport_that_garbles_or_refuses_documents_is_passed_over_for_the_ne
     refreshed = client.refresh(first, SimulatedTransport(device.repository, DEVICE))
     assert refreshed.transport.name == "simulated"
     assert list(refreshed.desired.assignments) == [LINE]
+    assert refreshed.passed_over is not None
+    assert refreshed.passed_over.reason is Reason(reason)
+
+
+@pytest.mark.parametrize("reason", ["source_unreachable", "transfer_timeout"])
+def test_a_transport_that_is_only_out_of_reach_is_passed_over_without_a_word(
+    client: Client, device: Device, reason: str
+) -> None:
+    first = failing(device, "timestamp", Reason(reason))
+    assert client.refresh(first, SimulatedTransport(device.repository, DEVICE)).passed_over is None
 
 
 def test_a_document_that_one_transport_lacks_is_had_from_another(client: Client, device: Device) -> None:
@@ -237,6 +247,20 @@ def test_a_line_that_one_source_garbles_or_withholds_is_had_from_another(committ
     assert committed.check().outcome == "committed"
     assert committed.serving == "1.1.0"
     assert [(event.line, event.reason) for event in committed.events if event.reason] == [("*", Reason(lie))]
+
+
+@pytest.mark.parametrize("lie", [b"{", b"", None], ids=["cut", "empty", "changed"])
+def test_a_release_that_one_source_garbles_is_had_from_another(committed: Device, lie: bytes | None) -> None:
+    built = committed.release("1.1.0")
+    hostile = SimulatedTransport(committed.repository.frozen(), DEVICE, name="hostile")
+    signed = built.data
+    hostile.repository.targets[sha256(signed)] = signed.replace(b"1.1.0", b"1.1.1") if lie is None else lie
+    committed.transports = (hostile, committed.transport)
+    assert committed.check().outcome == "committed"
+    assert committed.serving == "1.1.0"
+    named = [event for event in committed.events if event.reason is not None]
+    assert [(event.line, event.outcome, event.reason) for event in named] == [(LINE, None, Reason.METADATA_MISMATCH)]
+    assert "hostile" in named[0].message
 
 
 def test_a_source_without_a_document_for_a_new_device_is_not_the_last_one_asked(device: Device) -> None:

@@ -315,6 +315,14 @@ def test_a_device_enrolled_here_gets_the_hint_through_the_shipped_broker_configu
             mqtt.close(0.5)
 
 
+def test_a_certificate_that_cannot_be_read_is_named_and_hides_nothing_of_what_was_signed(place: Path) -> None:
+    release(place, "1.0.0")
+    (place / "repo" / "keys" / "broker.pem").write_bytes(b"no certificate")
+    answer = run("publish", place / "repo")
+    assert (answer.status, "person 1.0.0 signed" in answer.out) == (0, True)
+    assert re.search(r"^warning: .*broker\.pem is not a certificate.*; .", answer.err, re.MULTILINE)
+
+
 def test_version_and_help_end_well(capsys: pytest.CaptureFixture[str]) -> None:
     assert run("--version").status == 0
     assert run("publish", "--help").status == 0

@@ -187,6 +187,9 @@ def test_more_lines_than_a_device_takes_are_refused_and_the_document_stays(
         grant(repository, device.name, "three", "1.0.0")
     assert refused.value.reason.value == "metadata_too_large"
     assert [listed.line for listed in desired_releases(repository, device.name)] == ["one", "two"]
+    monkeypatch.setattr(director, "MAX_ASSIGNMENTS", 1)
+    revoke(repository, device.name)
+    assert document(repository, device).unrecognized_fields["revoked"] is True
 
 
 def test_a_document_that_its_device_would_not_read_is_not_written(

@@ -170,7 +170,16 @@ def test_whatever_is_posted_is_answered_with_a_reason(body: bytes) -> None:
         assert caught.value.reason in (Reason.BAD_JSON, Reason.BAD_REQUEST, Reason.UNKNOWN_DEVICE)
 
 
-@pytest.mark.parametrize("raw", [b"nonsense\r\n\r\n", b"GET /ca HTTP/9\r\n\r\n"])
+@pytest.mark.parametrize(
+    "raw",
+    [
+        b"nonsense\r\n\r\n",
+        b"GET /ca HTTP/9\r\n\r\n",
+        b"\x1b[1E192.0.2.1 /ca HTTP/1.0\r\n\r\n",  # which moves a terminal to a new line
+        b"A" * 9000 + b" /ca HTTP/1.0\r\n\r\n",
+    ],
+    ids=["words", "version", "escape", "long"],
+)
 def test_what_is_no_http_is_answered_with_a_reason_too(repository: Repository, raw: bytes) -> None:
     running = Running(repository, dataclasses.replace(BOUNDS, read_timeout_s=60, total_s=120))
     try:
@@ -181,6 +190,7 @@ def test_what_is_no_http_is_answered_with_a_reason_too(repository: Repository, r
     assert json.loads(body)["error"] == "bad_request"
     assert len(running.said) == 1
     assert running.said[0].isprintable()
+    assert len(running.said[0]) < 200
 
 
 def test_a_head_without_end_is_not_read_to_its_end(repository: Repository) -> None:
@@ -436,8 +446,26 @@ def test_without_the_authoritys_key_a_device_is_told_all_the_same_that_it_is_rev
     desired = repository.read_desired("cam-7")
     assert desired is not None
     assert json.loads(desired)["signed"]["revoked"] is True
+    assert '"action":"revoked"' in (repository.path / "audit.jsonl").read_text()
     (repository.path / "drawer.key").rename(key)
     assert revocation.revoke(repository, "cam-7").crl.is_file()
+
+
+@pytest.mark.parametrize("damage", ["its document", "the key for it"])
+def test_a_device_that_cannot_be_told_that_it_is_revoked_is_refused_by_the_broker_all_the_same(
+    repository: Repository, damage: str
+) -> None:
+    serial = x509.load_pem_x509_certificate(Old(repository).certificate.encode()).serial_number
+    if damage == "its document":
+        repository.desired_path("cam-7").write_bytes(b"{")
+    else:
+        (repository.path / "keys" / "director.pem").unlink()
+    with pytest.raises(OtaError) as caught:
+        revocation.revoke(repository, "cam-7")
+    assert caught.value.reason in (Reason.STATE_CORRUPT, Reason.KEY_MISSING)
+    listed = x509.load_pem_x509_crl((repository.path / "revoked.pem").read_bytes())
+    assert listed.get_revoked_certificate_by_serial_number(serial) is not None
+    assert '"action":"revoked"' in (repository.path / "audit.jsonl").read_text()
 
 
 def test_a_renewal_brings_the_later_certificate_of_the_authority_under_which_older_ones_stay_valid(

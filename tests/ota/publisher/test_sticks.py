@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
 import os
 import re
@@ -383,6 +384,28 @@ def test_a_folder_that_holds_other_things_is_refused_with_a_place_inside_it(
     assert refused.value.reason.value == "repository_exists"
     assert refused.value.hint.endswith(f"{tmp_path}/usb/{granted.name}")
     write_sideload(repository, granted.name, tmp_path / "usb" / granted.name)
+
+
+def test_nobody_replaces_the_metadata_of_a_stick_while_it_is_read(
+    repository: Repository, granted: FakeDevice, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another stick's timestamp on this one would lead to a snapshot that is not there."""
+    genuine, held = files.read_regular, []
+
+    def read_regular(path: Path, max_bytes: int) -> bytes | None:
+        if path.parent == repository.path / "sticks" / "metadata" and path.name != "timestamp.json":
+            with (repository.path / ".lock").open() as lock:
+                try:
+                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    held.append(True)
+                else:
+                    held.append(False)
+        return genuine(path, max_bytes)
+
+    monkeypatch.setattr(files, "read_regular", read_regular)
+    write_sideload(repository, granted.name, tmp_path / "stick")
+    assert set(held) == {True}
 
 
 def test_writing_a_stick_needs_memory_for_what_is_on_it_and_not_for_what_could_be(
