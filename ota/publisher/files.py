@@ -11,6 +11,7 @@ import fcntl
 import os
 import stat
 import tempfile
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -22,6 +23,9 @@ SECRET_MODE = 0o600
 PUBLIC_MODE = 0o644
 SECRET_DIRECTORY_MODE = 0o700
 PUBLIC_DIRECTORY_MODE = 0o755
+# a listener or a publish in cron holds the lock for moments, and nobody should be sent away for that; a device that
+# asks the listener waits for ten seconds in all
+LOCK_WAIT_S = 4.0
 
 
 def make_directory(path: Path, mode: int = PUBLIC_DIRECTORY_MODE) -> None:
@@ -228,22 +232,30 @@ def locked(path: Path) -> Iterator[None]:
     """Hold the exclusive lock of `path`, a file that is created when missing and never removed.
 
     Raises:
-        PublishError: `busy` at once when another process holds it.
+        PublishError: `busy` when another process holds it for longer than LOCK_WAIT_S.
     """
     try:
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, SECRET_MODE)
     except OSError as e:
         raise _io_error(f"cannot open {path}", e) from e
     try:
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as e:
-            raise PublishError(
-                Reason.BUSY, "another edge-ota is changing this repository", hint="try again when it ended", retry=True
-            ) from e
+        until_s = time.monotonic() + LOCK_WAIT_S
+        while not _taken(fd):
+            if time.monotonic() >= until_s:
+                busy = "another edge-ota is changing this repository"
+                raise PublishError(Reason.BUSY, busy, hint="try again when it ended", retry=True)
+            time.sleep(0.02)
         yield
     finally:
         os.close(fd)
+
+
+def _taken(fd: int) -> bool:
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def _sync_directory(path: Path, *, anywhere: bool = False) -> None:

@@ -24,7 +24,7 @@ from typing import Any, TypeVar
 from ota import enrolment, strictjson
 from ota.errors import PublishError, Reason
 from ota.pace import TokenBucket
-from ota.publisher import renewal, revocation, tokens
+from ota.publisher import files, renewal, revocation, tokens
 from ota.publisher.certificates import certificate_pem
 from ota.publisher.conversation import Conversation, refusal
 from ota.publisher.enroll import Places, request_from
@@ -34,7 +34,6 @@ _T = TypeVar("_T")
 
 _ENROLL_FIELDS = {"version", "token", "device", "csr", "hpke_public"}
 _RENEW_FIELDS = {"version", "device", "certificate", "nonce", "csr", "hpke_public", "signature"}
-_BUSY_WAIT_S = 5.0
 _REMEMBERED = 4096
 
 
@@ -140,19 +139,11 @@ class Registrar:
         )
 
     def _patiently(self, call: Callable[[], _T]) -> _T:
-        """Requests of this process one after the other; another process's lock is waited for, a little."""
-        busy = PublishError(Reason.BUSY, "the repository is busy", hint="try again", retry=True)
-        until_s = time.monotonic() + _BUSY_WAIT_S
-        if not self._writing.acquire(timeout=_BUSY_WAIT_S):
-            raise busy
+        """Requests of this process one after the other; another process's lock is waited for as well."""
+        if not self._writing.acquire(timeout=files.LOCK_WAIT_S):
+            raise PublishError(Reason.BUSY, "the repository is busy", hint="try again", retry=True)
         try:
-            while True:
-                try:
-                    return call()
-                except PublishError as e:
-                    if e.reason is not Reason.BUSY or time.monotonic() >= until_s:
-                        raise
-                time.sleep(0.1)
+            return call()
         finally:
             self._writing.release()
 

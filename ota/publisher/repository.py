@@ -96,7 +96,7 @@ class Repository:
         return self.settings.tenant
 
     def locked(self) -> AbstractContextManager[None]:
-        """The writer's lock; `busy` at once when it is taken."""
+        """The writer's lock; `busy` when it is not free within `files.LOCK_WAIT_S`."""
         return files.locked(self.path / ".lock")
 
     def expiry(self, days: int) -> datetime:

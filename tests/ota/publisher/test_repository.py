@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import stat
+import threading
 from pathlib import Path
 
 import pytest
@@ -183,11 +184,27 @@ def test_a_link_in_the_place_of_a_payload_is_refused(repository: Repository) -> 
         repository.open_payload(sha256)
 
 
-def test_a_second_writer_is_told_to_wait(repository: Repository) -> None:
-    with repository.locked(), pytest.raises(OtaError) as refused:
+def test_a_second_writer_waits_for_moments_and_is_told_to_try_again_after_that(
+    repository: Repository, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taken, release = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with repository.locked():
+            taken.set()
+            release.wait(60)
+
+    first = threading.Thread(target=hold)
+    first.start()
+    taken.wait(60)
+    monkeypatch.setattr(files, "LOCK_WAIT_S", 0.1)
+    with pytest.raises(OtaError) as refused:
         publish(repository)
     assert (refused.value.reason.value, refused.value.retry) == ("busy", True)
+    monkeypatch.setattr(files, "LOCK_WAIT_S", 60.0)
+    threading.Timer(0.3, release.set).start()
     publish(repository)
+    first.join()
 
 
 def test_a_full_disk_leaves_the_old_file_and_no_temporary_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
