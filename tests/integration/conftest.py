@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from tests.demo.fleet import PARTS, Fleet
 from tests.demo.observer import Observer
 from tests.fakes.broker import Broker
 from tests.integration.console import watching
+from tests.shared import belt_clip, once
 
 CONFIG = """\
 state_dir = "state"
@@ -36,34 +36,44 @@ run_timeout_s = 3
 @pytest.fixture(scope="session")
 def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two seconds of the demo's clip."""
-    path = tmp_path_factory.mktemp("clip") / "clip.avi"
-    command = [sys.executable, str(PARTS / "clip.py"), str(path), "--seconds", "2", "--fps", "30"]
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-    return path
+    return belt_clip(tmp_path_factory)
 
 
 @pytest.fixture(scope="session")
-def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A publisher's folder to copy: its repository `repo` has parts 1.0.0 published and 1.1.0 built."""
-    made = Fleet(tmp_path_factory.mktemp("publisher"))
-    made.make_repository()
-    made.release(PARTS / "1.0.0" / "spec.toml")
-    made.publish("parts", "1.0.0")
-    made.release(PARTS / "1.1.0" / "spec.toml")
-    made.stop()
-    return made.folder
+def published(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A publisher's folder to copy: its repository `repo` has parts 1.0.0 published."""
 
-
-@pytest.fixture
-def fleet(tmp_path: Path, clip: Path) -> Iterator[Fleet]:
-    """Release parts 1.0.0 published, device enrolled, broker and block server up, nothing granted, no daemon yet."""
-    if not Broker.available():
-        pytest.skip("mosquitto is not installed")
-    made = Fleet(tmp_path)
-    try:
+    def make(folder: Path) -> None:
+        made = Fleet(folder)
         made.make_repository()
         made.release(PARTS / "1.0.0" / "spec.toml")
         made.publish("parts", "1.0.0")
+        made.stop()
+
+    return once(tmp_path_factory, "published", make)
+
+
+@pytest.fixture(scope="session")
+def repository(tmp_path_factory: pytest.TempPathFactory, published: Path) -> Path:
+    """A publisher's folder to copy: its repository `repo` has parts 1.0.0 published and 1.1.0 built."""
+
+    def make(folder: Path) -> None:
+        shutil.copytree(published, folder, dirs_exist_ok=True)
+        made = Fleet(folder)
+        made.release(PARTS / "1.1.0" / "spec.toml")
+        made.stop()
+
+    return once(tmp_path_factory, "publisher", make)
+
+
+@pytest.fixture
+def fleet(tmp_path: Path, published: Path, clip: Path) -> Iterator[Fleet]:
+    """Release parts 1.0.0 published, device enrolled, broker and block server up, nothing granted, no daemon yet."""
+    if not Broker.available():
+        pytest.skip("mosquitto is not installed")
+    shutil.copytree(published, tmp_path, dirs_exist_ok=True)
+    made = Fleet(tmp_path)
+    try:
         made.start_broker()
         made.enroll(CONFIG.format(clip=clip))
         made.start_server()

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,6 +14,7 @@ from ota.publisher import spec
 from ota.publisher.build import build_release
 from ota.publisher.create import create
 from ota.release import Component
+from tests.shared import belt_clip
 
 PARTS = Path(__file__).resolve().parents[3] / "models" / "parts"
 
@@ -23,10 +22,7 @@ PARTS = Path(__file__).resolve().parents[3] / "models" / "parts"
 @pytest.fixture(scope="session")
 def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two seconds of parts on a belt."""
-    path = tmp_path_factory.mktemp("clip") / "clip.avi"
-    command = [sys.executable, str(PARTS / "clip.py"), str(path), "--seconds", "2", "--fps", "30"]
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-    return path
+    return belt_clip(tmp_path_factory)
 
 
 @pytest.fixture(scope="session")
