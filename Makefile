@@ -27,7 +27,7 @@ demo: setup
 test: setup
 	@status=0; \
 	$(MAKE) --no-print-directory lint || status=1; \
-	$(python) -m pytest -n 4 --no-loadscope-reorder $(ARGS) || status=1; \
+	$(python) -m pytest -n 5 --no-loadscope-reorder $(ARGS) || status=1; \
 	exit $$status
 
 lint: setup

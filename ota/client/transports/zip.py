@@ -38,6 +38,7 @@ _NAME = re.compile(r"[a-z0-9][a-z0-9._-]*(/[a-z0-9][a-z0-9._-]*)*/?")
 _MAX_NAME_BYTES = 255
 _UTF8_NAMES = 0x0800  # the one flag that changes nothing for names of ASCII
 _ENCRYPTED = 0x0001
+_VERSION = 45  # 4.5 "needed to extract": what came later is compression and encryption
 _ZIP64_EXTRA = 0x0001
 _ZIP64_SIZE = 0xFFFFFFFF
 
@@ -204,11 +205,13 @@ def _central(data: bytes, position: int) -> tuple[Entry, int]:
         fields = _CENTRAL.unpack_from(data, position)
     except struct.error as e:
         raise _bad("its directory is cut short") from e
-    magic, _, _, flags, method, _, _, crc, packed, length, names, extras, comment, disk, _, mode, offset = fields
+    magic, _, needs, flags, method, _, _, crc, packed, length, names, extras, comment, disk, _, mode, offset = fields
     end = position + _CENTRAL.size + names + extras
     if magic != _CENTRAL_MAGIC or end > len(data) or comment or disk:
         raise _bad("its directory is damaged or has comments")
     name = _name(data[position + _CENTRAL.size : end - extras])
+    if needs & 0xFF > _VERSION:
+        raise _bad(f"{name} needs a reader of version {(needs & 0xFF) / 10}")
     _check_plain(name, flags, method, packed, length)
     kind = stat.S_IFMT(mode >> 16)
     if kind not in (0, stat.S_IFDIR if name.endswith("/") else stat.S_IFREG) or (name.endswith("/") and length):

@@ -122,6 +122,7 @@ HOSTILE: dict[str, tuple[str, Callable[[], bytes]]] = {
     "a header with another length": ("contradicts", lambda: put(archive(), 18, "<II", 9, 9)),
     "a header with another checksum": ("contradicts", lambda: put(archive(), 14, "<I", 1)),
     "a header that is none": ("something else", lambda: put(archive(), 0, "<I", 0)),
+    "a later version of the format": ("version 4.6", lambda: put(archive(), central(archive()) + 6, "<H", 46)),
     "a symbolic link": ("link", lambda: put(archive(), central(archive()) + 38, "<I", (stat.S_IFLNK | 0o777) << 16)),
     "a device": ("link", lambda: put(archive(), central(archive()) + 38, "<I", (stat.S_IFBLK | 0o600) << 16)),
     "a folder with content": ("link", lambda: archive({**FILES, "devices/": b"x"})),
