@@ -62,8 +62,13 @@ def keys(device: Device, *words: str) -> dict[str, Any]:
 
 
 def ring_of(device: Device) -> keyring.Ring:
-    fs = Fs(device.state)
-    return Keyring(fs, (device.state / "keys" / "storage.key").read_bytes()).ring
+    """The ring on the disk, read from a copy: who opens a ring also mends it, which beside a daemon that is saving
+    would put the old one back."""
+    keys = device.state / "keys"
+    with tempfile.TemporaryDirectory() as copy:
+        (Path(copy) / "keys").mkdir()
+        (Path(copy) / keyring.RING).write_bytes((device.state / keyring.RING).read_bytes())
+        return Keyring(Fs(Path(copy)), (keys / "storage.key").read_bytes()).ring
 
 
 def seals_of(device: Device) -> set[str]:
