@@ -36,7 +36,7 @@ class BlockServerProcess:
     def __exit__(self, *_: object) -> None:
         self.kill()
 
-    def wait_connected(self, timeout_s: float = 15.0) -> None:
+    def wait_connected(self, timeout_s: float = 60.0) -> None:
         """Wait until it says that it is connected."""
         deadline = time.monotonic() + timeout_s
         while "connected to" not in self.log.read_text():

@@ -114,7 +114,7 @@ def unchanged(*folders: Path) -> Iterator[None]:
     assert tree(*folders) == before
 
 
-def until(what: str, ready: Callable[[], Any], timeout_s: float = 30) -> Any:
+def until(what: str, ready: Callable[[], Any], timeout_s: float = 90) -> Any:
     """The first true value of `ready`."""
     deadline = time.monotonic() + timeout_s
     while not (value := ready()):

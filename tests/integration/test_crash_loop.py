@@ -59,7 +59,7 @@ def test_a_committed_release_that_keeps_crashing_is_rolled_back_and_not_fetched_
     def back() -> Any:
         return next((e for e in observer.events[seen:] if e.get("outcome") == "rolled_back"), None)
 
-    event = observer.wait("the roll-back", back, 30)
+    event = observer.wait("the roll-back", back, 90)
     assert (event["line"], event["version"], event["reason"]) == ("parts", "1.0.0", "worker_crashed")
     assert "1.2.0 crashed 3 times within 60 s" in event["message"]
     until("serving 1.0.0", lambda: device.serving()["version"] == "1.0.0")
@@ -79,7 +79,7 @@ def test_with_nothing_to_go_back_to_the_line_goes_on_and_a_person_is_told_once(
     def loops() -> list[dict[str, Any]]:
         return [e for e in observer.events[seen:] if e["kind"] == "crash_loop"]
 
-    observer.wait("an alarm", loops, 30)
+    observer.wait("an alarm", loops, 90)
     results = until("a line", lambda: device.serving()["results"])
     until("results of 1.0.0", lambda: device.serving()["results"] > results + 5)
     (alarm,) = loops()

@@ -165,7 +165,7 @@ def test_the_storage_key_is_rotated_while_the_device_serves(device: Device, obse
     until("more results", lambda: device.serving()["results"] > answered + 10)
     assert device.serving()["worker_pid"] == pid
     assert device.serving()["restarts"] == 0
-    observer.wait("the event", lambda: [e for e in observer.events if e["kind"] == "keys"], 10)
+    observer.wait("the event", lambda: [e for e in observer.events if e["kind"] == "keys"], 60)
     (ring,) = ring_of(device).storage
     for path in (device.state / "store").glob("*.cbs"):
         decryptor.store_file(path.read_bytes(), [ring], path.stem)
@@ -238,7 +238,7 @@ def test_without_its_sealed_key_a_device_calls_home_and_serves_and_harms_nothing
         (device.state / "keys" / name).unlink()
     with unchanged(device.state / "store", device.state / "releases", device.state / "keys"):
         device.start()
-        told = observer.wait("the alarm", lambda: [e for e in observer.events[seen:] if e["kind"] == "keys"], 20)
+        told = observer.wait("the alarm", lambda: [e for e in observer.events[seen:] if e["kind"] == "keys"], 60)
         assert (told[0]["state"], told[0]["reason"]) == ("unavailable", "sealed_key_unavailable")
         assert device.condition("KeysAvailable", "sealed_key_unavailable")["status"] == "False"
         until("the link", lambda: device.ask()["link"]["state"] == "connected")

@@ -175,7 +175,7 @@ def test_ten_lines_of_toml_bring_it_to_the_device(device: Device, observer: Obse
     assert end["outcome"] == "committed", end
     assert end["delegate"] in own.delegates
     until_seq = observer.last_seq() + 10
-    observer.wait("results", lambda: observer.last_seq() >= until_seq, 20)
+    observer.wait("results", lambda: observer.last_seq() >= until_seq, 60)
     line = device.serving()
     assert (line["version"], line["component"], line["delegate"]) == (
         own.version,

@@ -68,7 +68,7 @@ def told(observer: Observer, seen: int) -> dict[str, Any]:
     def found() -> Any:
         return next((e for e in observer.events[seen:] if e["kind"] == "settings"), None)
 
-    event: dict[str, Any] = observer.wait("the end of a trial of settings", found, 40)
+    event: dict[str, Any] = observer.wait("the end of a trial of settings", found, 90)
     return event
 
 

@@ -82,7 +82,7 @@ class Device:
     def journal(self, unit: str) -> str:
         return self.run("journalctl", "--no-pager", "--output=short-monotonic", f"--unit={unit}")
 
-    def wait_active(self, unit: str, timeout_s: float = 30.0) -> None:
+    def wait_active(self, unit: str, timeout_s: float = 90.0) -> None:
         """Until `unit` is active. Raises AssertionError with its journal when it does not become so."""
         self.until(self._is_active(unit), f"{unit} active", timeout_s, lambda: self.journal(unit))
 

@@ -52,12 +52,12 @@ class Rig:
     async def serve(self, candidate: Candidate) -> int | None:
         return await self.line.serve(candidate, Verdict(candidate.component.name, "litert:xnnpack"))
 
-    async def frames(self, count: int = 5, timeout_s: float = 15.0) -> None:
+    async def frames(self, count: int = 5, timeout_s: float = 60.0) -> None:
         """Wait for `count` more results."""
         wanted = len(self.results) + count
         await self.until(lambda: len(self.results) >= wanted, timeout_s)
 
-    async def until(self, true: Callable[[], bool], timeout_s: float = 15.0) -> None:
+    async def until(self, true: Callable[[], bool], timeout_s: float = 60.0) -> None:
         async with asyncio.timeout(timeout_s):
             while not true():
                 await asyncio.sleep(0.02)
@@ -128,7 +128,7 @@ def run(body: Callable[[Rig], Awaitable[None]], clip: Path, limits: UpdateConfig
         async with running(clip, limits, **options) as rig:  # type: ignore[arg-type]
             made.append(rig)
             await body(rig)
-        deadline = time.monotonic() + 2
+        deadline = time.monotonic() + 60
         while descriptors() > before and time.monotonic() < deadline:
             await asyncio.sleep(0.02)
         assert descriptors() <= before

@@ -69,7 +69,7 @@ def test_a_worker_that_does_not_answer_is_killed_and_called_hung() -> None:
         with pytest.raises(WorkerError) as caught:
             await worker.request(protocol.Transform("raw", 1), protocol.Transformed, timeout_s=0.3)
         assert caught.value.reason is Reason.WORKER_HUNG
-        await asyncio.wait_for(worker_stopped.wait(), 5)
+        await asyncio.wait_for(worker_stopped.wait(), 60)
 
     run(body)
 
@@ -96,8 +96,8 @@ def test_when_the_host_dies_every_worker_is_reported_gone_and_a_new_host_serves(
         worker = await supervisor.spawn("transform")
         assert supervisor.host is not None
         os.kill(supervisor.host.pid, signal.SIGKILL)
-        await asyncio.wait_for(worker.exited, 5)
-        again = await asyncio.wait_for(supervisor.spawn("transform"), 20)
+        await asyncio.wait_for(worker.exited, 60)
+        again = await asyncio.wait_for(supervisor.spawn("transform"), 60)
         assert again.pid > 0
         assert again.pid != worker.pid
 

@@ -33,7 +33,7 @@ def run(
         await supervisor.start()
         try:
             await body(supervisor, TrialRunner(supervisor, limits))  # type: ignore[arg-type]
-            async with asyncio.timeout(5):
+            async with asyncio.timeout(60):
                 while (
                     supervisor.host and os.path.exists(f"/proc/{supervisor.host.pid}") and children(supervisor.host.pid)
                 ):

@@ -18,7 +18,7 @@ import numpy as np
 from agent import memfd, protocol
 
 ROOT = Path(__file__).resolve().parents[3]
-TIMEOUT_S = 20.0
+TIMEOUT_S = 60.0
 
 
 class Peer:

@@ -163,7 +163,7 @@ def test_an_update_that_a_person_began_first_keeps_no_line_from_starting(committ
         update = asyncio.create_task(updater.check())
         while updater.record.line(LINE).state is not State.FETCHING:
             await asyncio.sleep(0.01)
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(60):
             await updater.recover()
         assert updater.record.line(LINE).state is State.FETCHING
         assert await updater.cancel(LINE)

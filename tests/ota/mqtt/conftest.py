@@ -45,7 +45,7 @@ class Client:
             self.expect(Subscribed, where=lambda event: event.number == connected.number)
         return connected
 
-    def expect(self, kind: type[E], timeout_s: float = 15.0, where: Callable[[E], bool] = lambda event: True) -> E:
+    def expect(self, kind: type[E], timeout_s: float = 60.0, where: Callable[[E], bool] = lambda event: True) -> E:
         """The next event of `kind` that satisfies `where`; others are passed over."""
         deadline = time.monotonic() + timeout_s
         while (left := deadline - time.monotonic()) > 0:

@@ -56,10 +56,10 @@ def test_a_broker_that_stops_answering_is_noticed_by_the_keepalive(own_broker: B
     client = make_client(own_broker, "cam-1", limits=Limits(keepalive_s=1, connect_timeout_s=1.0))
     client.ready()
     own_broker.freeze()
-    client.expect(Lost, timeout_s=8)
+    client.expect(Lost, timeout_s=60)
     assert client.mqtt.alive
     own_broker.thaw()
-    client.expect(Connected, timeout_s=8)
+    client.expect(Connected, timeout_s=60)
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
@@ -217,7 +217,7 @@ def test_a_thread_that_ended_is_noticed_and_replaced(shared_broker: Broker, make
 
     client = make_client(shared_broker, "cam-1", wake=wake)
     client.ready()
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + 60
     while client.mqtt.running and time.monotonic() < deadline:
         time.sleep(0.01)
     assert not client.mqtt.alive
@@ -232,7 +232,7 @@ def test_a_server_that_speaks_tls_but_not_mqtt_is_given_up_after_the_time_out(
 ) -> None:
     with Impostor(server_identity) as impostor:
         client = make_client(("127.0.0.1", impostor.port), "cam-1", limits=Limits(connect_timeout_s=0.5))
-        lost = client.expect(Lost, timeout_s=3)
+        lost = client.expect(Lost, timeout_s=60)
         assert lost.error.reason is Reason.BROKER_UNREACHABLE
         assert "CONNECT" in lost.error.message
 

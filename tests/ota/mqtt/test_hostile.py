@@ -88,7 +88,7 @@ def _fetch(
     counts = Counts()
 
     async def main() -> Device:
-        async with _device(broker, authority) as device, asyncio.timeout(40):
+        async with _device(broker, authority) as device, asyncio.timeout(60):
             inbox = Inbox(Fs(folder), limits, random.Random(1))
             await inbox.fetch(
                 DESCRIBED, [device.transport, *([DirectoryTransport(stick, "cam-1")] if stick else [])], counts

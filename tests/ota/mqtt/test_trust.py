@@ -112,7 +112,7 @@ def test_a_broker_that_refuses_our_certificate_is_told_from_one_that_is_absent(
 
 def test_an_unresolvable_name_is_unreachable_and_retried(make_client: MakeClient) -> None:
     client = make_client(("no-such-host.invalid", 8883), "cam-1")
-    lost = client.expect(Lost, timeout_s=20)
+    lost = client.expect(Lost, timeout_s=60)
     assert lost.error.reason is Reason.BROKER_UNREACHABLE
     assert lost.error.retry
     assert "no-such-host.invalid" in lost.error.message
@@ -144,7 +144,7 @@ def test_a_renewed_certificate_is_used_by_the_next_connection(
     own_broker.restart()
     client.ready()
     # mosquitto writes its log a moment later
-    deadline = time.monotonic() + 3
+    deadline = time.monotonic() + 60
     while "u'cam-2'" not in own_broker.log() and time.monotonic() < deadline:
         time.sleep(0.02)
     assert "u'cam-2'" in own_broker.log()
