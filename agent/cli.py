@@ -22,8 +22,6 @@ from agent.errors import exit_code as agent_exit_code
 from ota.errors import OtaError
 from ota.errors import exit_code as ota_exit_code
 
-SIDELOAD_TIMEOUT_S = 3600.0
-
 _Verb = Callable[[argparse.Namespace], int]
 
 
@@ -91,7 +89,7 @@ def _update(args: argparse.Namespace) -> int:
         wanted = f"{args.action} needs a LINE" if args.line is None else "check takes no LINE"
         raise ConfigError(Reason.BAD_USAGE, wanted, hint="edge-agent status lists the lines")
     body = {} if args.line is None else {"line": args.line}
-    answer = client.ask(client.located(args.config), "POST", f"/{args.action}", body, timeout_s=SIDELOAD_TIMEOUT_S)
+    answer = client.ask(client.located(args.config), "POST", f"/{args.action}", body, timeout_s=client.WORK_TIMEOUT_S)
     return screen.answer(args, answer)
 
 
@@ -100,7 +98,7 @@ def _rollback(args: argparse.Namespace) -> int:
 
     loaded = client.located(args.config)
     return screen.answer(
-        args, client.ask(loaded, "POST", "/rollback", {"line": args.line}, timeout_s=SIDELOAD_TIMEOUT_S)
+        args, client.ask(loaded, "POST", "/rollback", {"line": args.line}, timeout_s=client.WORK_TIMEOUT_S)
     )
 
 
@@ -144,7 +142,7 @@ def _keys(args: argparse.Namespace) -> int:
     if client.daemon_runs(loaded):
         method, path = ("GET", "/keys") if args.action == "show" else ("POST", f"/keys/{args.action}")
         body = {"storage": storage, "hpke": args.hpke, "keep_tls": args.keep_tls} if args.action != "show" else None
-        answer = client.ask(loaded, method, path, body, timeout_s=SIDELOAD_TIMEOUT_S)
+        answer = client.ask(loaded, method, path, body, timeout_s=client.WORK_TIMEOUT_S)
     else:
         from agent import logs, service
 

@@ -24,6 +24,8 @@ from ota.errors import OtaError
 from ota.errors import Reason as OtaReason
 
 CONTROL_TIMEOUT_S = 30.0
+# for what takes as long as it takes: an update, a roll-back, sealing every file anew
+WORK_TIMEOUT_S = 3600.0
 STAND_IN_DIR = Path("/run/edge-sideload")  # edge-agent-sideload.socket
 # two starts of the daemon, before and after a trial
 SETTINGS_GRACE_S = 60.0

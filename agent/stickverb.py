@@ -9,8 +9,6 @@ from pathlib import Path
 from agent import client, config, screen
 from agent.errors import ConfigError, Reason
 
-TIMEOUT_S = 3600.0
-
 
 def sideload(args: argparse.Namespace) -> int:
     """Install from a directory or a stored zip, or answer those who want to on the socket from systemd.
@@ -27,7 +25,7 @@ def sideload(args: argparse.Namespace) -> int:
     loaded = client.located(args.config)
     if (reachable := client.who_installs(loaded)) is not None:
         body = {"path": _text(place), "allow_expired": args.allow_expired}
-        answer = client.ask(reachable, "POST", "/sideload", body, timeout_s=TIMEOUT_S)
+        answer = client.ask(reachable, "POST", "/sideload", body, timeout_s=client.WORK_TIMEOUT_S)
     else:
         from agent import logs, service
         from agent.daemon import askers

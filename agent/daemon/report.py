@@ -15,10 +15,10 @@ from agent.daemon.updates import LastWords
 from ota.client.journal import Record
 from ota.client.locks import LockView
 from ota.client.ports import UpdateEvent
+from ota.client.rest import DEVICE
 from ota.client.settings import State as SettingsState
 from ota.errors import Reason
 
-DEVICE_LINE = "*"
 _SEE_LOG = "why: journalctl -u edge-agent"
 
 
@@ -122,7 +122,7 @@ def conditions(
             found.append(_condition("LineServing", "False", reason, f"line {name} is being started again; {_SEE_LOG}"))
     if link["state"] not in ("connected", "offline by configuration"):
         found.append(_condition("LinkConnected", "False", link.get("reason") or link["state"], link.get("message", "")))
-    device = words.now.get(DEVICE_LINE)
+    device = words.now.get(DEVICE)
     if device is not None and device.reason is not None:
         text = f"{device.message}; {device.hint}" if device.hint else device.message
         found.append(_condition("MetadataFresh", "False", device.reason.value, text))

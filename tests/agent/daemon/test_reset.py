@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,23 @@ def fill(state: Path) -> None:
         (state / name).write_bytes(CANARY)
     (state / "link").symlink_to("/etc")
     (state / "lock").touch()
+
+
+@contextlib.asynccontextmanager
+async def expelled(state: Path) -> AsyncIterator[config.Config]:
+    """A revoked device that answers people; yields where they find it."""
+    (state / "agent.toml").write_text('state_dir = "."\nrun_dir = "run"\n')
+    loaded = config.load(state / "agent.toml")
+    revoked.mark(state)
+    device = revoked.RevokedDevice(loaded, {})
+    serving = asyncio.create_task(device.serve())
+    try:
+        while not loaded.control_socket.exists():
+            await asyncio.sleep(0.01)
+        yield loaded
+    finally:
+        device.leaving.set()
+        await serving
 
 
 def left(state: Path) -> set[str]:
@@ -144,20 +162,9 @@ def test_a_full_disk_does_not_save_the_keys_of_an_expelled_device(
 
 
 def test_a_technician_may_not_reset_an_expelled_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "agent.toml").write_text('state_dir = "."\nrun_dir = "run"\n')
-    loaded = config.load(tmp_path / "agent.toml")
-    revoked.mark(tmp_path)
-
     async def ask() -> None:
-        device = revoked.RevokedDevice(loaded, {})
-        serving = asyncio.create_task(device.serve())
-        try:
-            while not loaded.control_socket.exists():
-                await asyncio.sleep(0.01)
+        async with expelled(tmp_path) as loaded:
             await asyncio.to_thread(client.ask, loaded, "POST", "/reset", {"owner": False})
-        finally:
-            device.leaving.set()
-            await serving
 
     for operator in (False, True):
         monkeypatch.setattr(askers, "of_user", lambda uid, may=operator: askers.Asker(uid, "somebody", may))
@@ -171,25 +178,15 @@ def test_a_technician_may_not_reset_an_expelled_device(tmp_path: Path, monkeypat
 
 
 def test_whatever_an_expelled_device_is_asked_it_says_why_it_does_not(tmp_path: Path) -> None:
-    (tmp_path / "agent.toml").write_text('state_dir = "."\nrun_dir = "run"\n')
-    loaded = config.load(tmp_path / "agent.toml")
-    revoked.mark(tmp_path)
     asked = ["/cancel", "/check", "/config", "/keys/rotate", "/keys/seal", "/retry", "/rollback", "/sideload"]
 
     async def ask() -> None:
-        device = revoked.RevokedDevice(loaded, {})
-        serving = asyncio.create_task(device.serve())
-        try:
-            while not loaded.control_socket.exists():
-                await asyncio.sleep(0.01)
-            shown = [("GET", path) for path in ("/config", "/keys", "/modules")]
+        shown = [("GET", path) for path in ("/config", "/keys", "/modules")]
+        async with expelled(tmp_path) as loaded:
             for method, path in [*shown, *(("POST", path) for path in asked)]:
                 with pytest.raises(OtaError) as caught:
                     await asyncio.to_thread(client.ask, loaded, method, path)
                 assert (caught.value.reason.value, caught.value.hint) == ("device_revoked", revoked.HINT), path
-        finally:
-            device.leaving.set()
-            await serving
 
     asyncio.run(ask())
 
