@@ -160,7 +160,7 @@ def _config_check(args: argparse.Namespace) -> int:
     chosen = profile.recognise(loaded.profile, profile.load_all())
     for source in loaded.sources:
         opened = asyncio.run(workbench.probe(source))
-        print(f"source {source.name}: {opened.width}x{opened.height} at {opened.fps:g} fps")
+        print(f"source {source.name}: {opened.size} at {opened.fps:g} fps")
     print(f"{args.config}: {len(loaded.sources)} sources, {len(loaded.lines)} lines, profile {chosen.name}")
     return 0
 

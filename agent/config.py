@@ -7,28 +7,21 @@ from __future__ import annotations
 
 import os
 import tomllib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from agent.configtable import Table
 from agent.errors import ConfigError, Reason
 from agent.profile import DELEGATES
+from agent.sourceconfig import SourceConfig, parse_source
 from ota.client.policy import parse_window
 from ota.client.transports.address import parse_address
 from ota.release import LINE_PATTERN
 
 _SLOWEST_KBIT_S = 16.0
 DEFAULT_PATH = Path("/etc/edge-agent/agent.toml")
-
-
-@dataclass(frozen=True, slots=True)
-class SourceConfig:
-    """One camera, file or sensor. `options` are checked here and handed to the source process as they are."""
-
-    name: str
-    kind: str
-    options: Mapping[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,7 +132,7 @@ def parse(data: Mapping[str, Any], path: Path) -> Config:
     Raises:
         ConfigError: as `load`.
     """
-    top = _Table(data, f"{path.name}", path.parent)
+    top = Table(data, f"{path.name}", path.parent)
     telemetry = top.table("telemetry")
     update = top.table("update")
     broker = top.table("broker")
@@ -149,7 +142,7 @@ def parse(data: Mapping[str, Any], path: Path) -> Config:
         run_dir=top.path("run_dir", "/run/edge-agent"),
         profile=top.text("profile", "auto"),
         workers=top.choice("workers", "process", ("process", "unit")),
-        sources=tuple(_source(t) for t in top.tables("source")),
+        sources=tuple(parse_source(t) for t in top.tables("source")),
         lines=tuple(_line(t) for t in top.tables("line")),
         broker=BrokerConfig(
             host=broker.text("host", ""),
@@ -239,21 +232,7 @@ def example() -> str:
     return _EXAMPLE
 
 
-def _source(table: _Table) -> SourceConfig:
-    kind = table.choice("kind", None, ("video",))
-    name = table.text("name", None)
-    options = {
-        "path": str(table.path("path", None)),
-        "policy": table.choice("policy", "live", ("live", "every")),
-        "loop": table.flag("loop", False),
-        "queue_frames": int(table.number("queue_frames", 4, 1, 64)),
-        "fps": table.number("fps", 0, 0, 1000),
-    }
-    table.finish()
-    return SourceConfig(name, kind, options)
-
-
-def _line(table: _Table) -> LineConfig:
+def _line(table: Table) -> LineConfig:
     name = table.text("name", None)
     if not LINE_PATTERN.fullmatch(name):
         raise table.bad(f"name {name!r} is not a line", "use a-z, 0-9 and -, at most 32 characters")
@@ -268,14 +247,14 @@ def _line(table: _Table) -> LineConfig:
     return line
 
 
-def _rate(table: _Table) -> float:
+def _rate(table: Table) -> float:
     rate = table.number("rate_kbit_s", 0, 0, 1e7)
     if 0 < rate < _SLOWEST_KBIT_S:
         raise table.bad(f"rate_kbit_s = {rate:g} is too slow to ever end", f"use 0 or at least {_SLOWEST_KBIT_S:g}")
     return rate
 
 
-def _https(table: _Table) -> str:
+def _https(table: Table) -> str:
     text = table.text("https", "")
     if text:
         try:
@@ -283,99 +262,3 @@ def _https(table: _Table) -> str:
         except ValueError as e:
             raise table.bad(f"https: {e}", 'write https = "https://host:port/path"') from e
     return text
-
-
-class _Table:
-    """Typed access to one TOML table that remembers which keys were asked for."""
-
-    def __init__(self, data: Mapping[str, Any], where: str, base: Path) -> None:
-        self._data = data
-        self._where = where
-        self._base = base
-        self._known: set[str] = set()
-
-    def bad(self, why: str, hint: str) -> ConfigError:
-        return ConfigError(Reason.BAD_CONFIG, f"{self._where}: {why}", hint=hint)
-
-    def _get(self, key: str, default: Any, kinds: tuple[type, ...], what: str) -> Any:
-        self._known.add(key)
-        value = self._data.get(key, default)
-        if value is None:
-            # a misspelt key explains a missing one
-            for near in _close(key, [k for k in self._data if k not in self._known]):
-                raise self.bad(f"unknown key {near!r}", f"did you mean {key!r}?")
-            raise self.bad(f"{key} is missing", f"add {key} = …, {what}")
-        if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
-            raise self.bad(f"{key} = {value!r} is not {what}", "see docs/reference/config.md")
-        return value
-
-    def has(self, key: str) -> bool:
-        self._known.add(key)
-        return key in self._data
-
-    def text(self, key: str, default: str | None) -> str:
-        return str(self._get(key, default, (str,), "a text"))
-
-    def choices(self, key: str, allowed: tuple[str, ...]) -> tuple[str, ...]:
-        value = self._get(key, [], (list,), "a list of texts")
-        for item in value:
-            if item not in allowed:
-                raise self.bad(f"{key}: {item!r} is not one of {', '.join(allowed)}", _nearest(str(item), allowed))
-        return tuple(value)
-
-    def parsed(self, key: str, parse: Callable[[str], object]) -> list[str]:
-        """A list of texts, each of which `parse` takes without a ValueError."""
-        value = self._get(key, [], (list,), "a list of texts")
-        for item in value:
-            try:
-                parse(str(item))
-            except ValueError as e:
-                raise self.bad(f"{key}: {e}", "see docs/reference/config.md") from e
-        return [str(item) for item in value]
-
-    def flag(self, key: str, default: bool) -> bool:
-        return bool(self._get(key, default, (bool,), "true or false"))
-
-    def number(self, key: str, default: float, low: float, high: float) -> float:
-        value = self._get(key, default, (int, float), "a number")
-        # compared as it stands: an integer may be too large to become a float
-        if not low <= value <= high:
-            shown = str(value)[:40]
-            raise self.bad(f"{key} = {shown} is not between {low:g} and {high:g}", "choose a value in that range")
-        return float(value)
-
-    def choice(self, key: str, default: str | None, allowed: tuple[str, ...]) -> str:
-        value = self.text(key, default)
-        if value not in allowed:
-            raise self.bad(f"{key} = {value!r} is not one of {', '.join(allowed)}", _nearest(value, allowed))
-        return value
-
-    def path(self, key: str, default: str | None) -> Path:
-        return (self._base / self.text(key, default)).absolute()
-
-    def table(self, key: str) -> _Table:
-        return _Table(self._get(key, {}, (dict,), "a table"), f"{self._where}: [{key}]", self._base)
-
-    def tables(self, key: str) -> list[_Table]:
-        value = self._get(key, [], (list,), "a list of tables")
-        if not all(isinstance(item, dict) for item in value):
-            raise self.bad(f"{key} is not a list of tables", f"write [[{key}]]")
-        return [_Table(item, f"{self._where}: [[{key}]] {i + 1}", self._base) for i, item in enumerate(value)]
-
-    def finish(self) -> None:
-        """Refuse keys nobody asked for."""
-        for key in self._data:
-            if key not in self._known:
-                raise self.bad(f"unknown key {key!r}", _nearest(key, tuple(sorted(self._known))))
-
-
-def _nearest(word: str, allowed: tuple[str, ...]) -> str:
-    close = _close(word, allowed)
-    return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(allowed)}"
-
-
-def _close(word: str, allowed: Sequence[str]) -> list[str]:
-    """The word that was meant, if there is one like it."""
-    import difflib  # memory that a daemon with a good configuration does not need
-
-    return difflib.get_close_matches(word, allowed, n=1)

@@ -104,7 +104,8 @@ class StopWorker:
 
 @dataclass(frozen=True)
 class OpenSource:
-    """Open a source and make its ring. `kind` is `video`; `options` are the parsed keys of its table in agent.toml."""
+    """Open a source and make its ring. `kind` is of the table of sources; `options` are
+    the parsed keys of its table in agent.toml."""
 
     name: str
     kind: str
@@ -113,14 +114,29 @@ class OpenSource:
 
 @dataclass(frozen=True)
 class SourceOpened:
-    """The source can deliver. Frames are uint8 BGR, height x width x channels; the ring is the one descriptor."""
+    """The source can deliver. The ring is the one descriptor; each of its frames is an array of `dtype` and `shape`:
+    uint8 [height, width, 3] BGR of a camera, float32 [samples, channels] of a sensor's window."""
 
-    width: int
-    height: int
-    channels: int
+    dtype: str
+    shape: list[int]
     fps: float
     slots: int
     slot_bytes: int
+
+    @property
+    def size(self) -> str:
+        """For people: `640x480` of pictures, `256x3 float32` of windows."""
+        if self.dtype == "uint8" and len(self.shape) == 3:
+            return f"{self.shape[1]}x{self.shape[0]}"
+        return f"{'x'.join(map(str, self.shape))} {self.dtype}"
+
+
+@dataclass(frozen=True)
+class Feed:
+    """Samples for a source that the daemon itself hears: rows of numbers, the last one measured at `t_ns`."""
+
+    t_ns: int
+    rows: list[Any]
 
 
 @dataclass(frozen=True)
@@ -180,7 +196,8 @@ class SourceState:
 
 @dataclass(frozen=True)
 class LoadModel:
-    """Load the model in the one descriptor (a sealed memfd) on `delegate`, and on nothing else.
+    """Load the model in the first descriptor (a sealed memfd) on `delegate`, and on nothing else. A second one holds
+    what `ExportCompiled` gave before; a worker that cannot use it compiles anew.
 
     `graph` carries task, labels, preprocess and postprocess as in release.json; `inputs` and `outputs` its tensor
     specs, in the order preprocess and postprocess expect; empty lists take them from the model itself.
@@ -192,6 +209,7 @@ class LoadModel:
     format: str
     delegate: str
     threads: int
+    options: dict[str, Any]
     graph: dict[str, Any]
     inputs: list[Any]
     outputs: list[Any]
@@ -199,15 +217,31 @@ class LoadModel:
 
 @dataclass(frozen=True)
 class ModelLoaded:
-    """The session is ready. `actual` is the delegate that really runs, `coverage` its share of the nodes, 0 to 1."""
+    """The session is ready. `actual` is the delegate that really runs, `coverage` its share of the nodes, 0 to 1.
+    `driver` names the versions below the runtime that a compiled model depends on; `compiled` is `imported`, `fresh`
+    where `ExportCompiled` has something to give, or empty."""
 
     actual: str
     coverage: float
     load_ms: float
     rss_bytes: int
     runtime: str
+    driver: str
+    compiled: str
     inputs: list[Any]
     outputs: list[Any]
+
+
+@dataclass(frozen=True)
+class ExportCompiled:
+    """Give the loaded model in the form the runtime made of it, so that it need not be compiled again."""
+
+
+@dataclass(frozen=True)
+class Exported:
+    """The compiled model, `out_bytes` long, in the one descriptor: a sealed memfd."""
+
+    out_bytes: int
 
 
 @dataclass(frozen=True)
@@ -236,9 +270,11 @@ class Measure:
 
 @dataclass(frozen=True)
 class Measured:
-    """Nanoseconds of each counted run: preprocess, inference and postprocess together."""
+    """Nanoseconds of each counted run: preprocess, inference and postprocess together; `cpu_ns` is what all threads of
+    the process computed meanwhile."""
 
     runs_ns: list[int]
+    cpu_ns: list[int]
     rss_bytes: int
 
 
@@ -249,11 +285,10 @@ class RunImage:
 
 @dataclass(frozen=True)
 class AttachRing:
-    """Serve frames: descriptors are the ring and the reader's notice socket."""
+    """Serve frames of `dtype` and `shape`: descriptors are the ring and the reader's notice socket."""
 
-    width: int
-    height: int
-    channels: int
+    dtype: str
+    shape: list[int]
     slots: int
     slot_bytes: int
 
@@ -311,9 +346,9 @@ class Transformed:
 MESSAGES: dict[str, type[Any]] = {
     cls.__name__: cls
     for cls in (
-        HostReady, Spawn, Started, Kill, Exited, Fault, StopWorker, OpenSource, SourceOpened, AttachReader,
-        SwitchReader, Switched, DetachReader, Dropped, SourceState, LoadModel, ModelLoaded, RunGolden,
-        GoldenPassed, Measure, Measured, RunImage, AttachRing, RingAttached, Result, Finished, Transform,
+        HostReady, Spawn, Started, Kill, Exited, Fault, StopWorker, OpenSource, SourceOpened, Feed, AttachReader,
+        SwitchReader, Switched, DetachReader, Dropped, SourceState, LoadModel, ModelLoaded, ExportCompiled, Exported,
+        RunGolden, GoldenPassed, Measure, Measured, RunImage, AttachRing, RingAttached, Result, Finished, Transform,
         Transformed,
     )
 }  # fmt: skip
@@ -328,7 +363,7 @@ _TYPES: dict[str, tuple[type, ...]] = {
 }
 # Messages that bring descriptors; those of every other message are closed unread.
 _BRING_DESCRIPTORS = (
-    Spawn, SourceOpened, AttachReader, LoadModel, RunGolden, RunImage, AttachRing, Transform, Transformed,
+    Spawn, SourceOpened, AttachReader, LoadModel, Exported, RunGolden, RunImage, AttachRing, Transform, Transformed,
 )  # fmt: skip
 _INT64 = 1 << 63
 _FIELDS: dict[str, dict[str, str]] = {

@@ -18,13 +18,14 @@ from pathlib import Path
 from typing import Any
 
 from agent import memfd, protocol
-from agent.config import SourceConfig, UpdateConfig
+from agent.config import UpdateConfig
 from agent.daemon.selection import Verdict, failure
 from agent.daemon.supervisor import Supervisor, default_host_command
 from agent.daemon.trials import Subject, TrialRunner
 from agent.daemon.worker import Worker
 from agent.errors import AgentError, ModelError, Reason
 from agent.profile import DELEGATES
+from agent.sourceconfig import SourceConfig
 from ota import strictjson
 from ota.errors import OtaError
 from ota.release import Budgets
@@ -283,6 +284,7 @@ def _load_message(
         format=model_format,
         delegate=delegate,
         threads=1,
+        options={},
         graph=dict(graph),
         inputs=specs[0],
         outputs=specs[1],

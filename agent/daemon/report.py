@@ -31,7 +31,7 @@ def source_status(source: SourceRuntime) -> dict[str, Any]:
         "detail": source.detail,
         "frames": source.frames,
         "restarts": source.restarts,
-        "size": f"{opened.width}x{opened.height}" if opened else "",
+        "size": opened.size if opened else "",
         "fps": opened.fps if opened else 0.0,
     }
 

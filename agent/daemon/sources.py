@@ -12,10 +12,10 @@ import time
 from collections.abc import Callable
 
 from agent import protocol
-from agent.config import SourceConfig
 from agent.daemon.supervisor import BACKOFF_S, Supervisor
 from agent.daemon.worker import Exit, Worker, fault_error, one_line
 from agent.errors import AgentError, Reason, WorkerError
+from agent.sourceconfig import SourceConfig
 
 log = logging.getLogger(__name__)
 
@@ -105,7 +105,7 @@ class SourceRuntime:
         with theirs, models:
             worker.tell(protocol.AttachReader(reader, line, active), fds=(theirs.fileno(),))
             packet = await model.request(
-                protocol.AttachRing(o.width, o.height, o.channels, o.slots, o.slot_bytes),
+                protocol.AttachRing(o.dtype, list(o.shape), o.slots, o.slot_bytes),
                 protocol.RingAttached,
                 fds=(self._ring, models.fileno()),
                 timeout_s=timeout_s,

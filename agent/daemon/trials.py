@@ -72,6 +72,7 @@ def load_message(candidate: Candidate, component_name: str, delegate: str, threa
         format=component.format,
         delegate=delegate,
         threads=threads,
+        options={},
         graph=dict(candidate.release.graph),
         inputs=[dict(spec) for spec in component.inputs],
         outputs=[dict(spec) for spec in component.outputs],

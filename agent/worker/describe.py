@@ -22,7 +22,7 @@ import numpy as np
 from agent import memfd
 from agent.errors import AgentError, ModelError, Reason, exit_code
 from agent.worker import golden
-from agent.worker.delegates import Delegate, DelegateLoader
+from agent.worker.delegates import Delegate, DelegateLoader, Options
 from agent.worker.graph import Graph, parse_graph
 from agent.worker.pipeline import Pipeline
 from agent.worker.preprocess import image_layout
@@ -135,7 +135,7 @@ def _load(name: str, path: Path, outputs: Sequence[str], graph: Graph, usable: S
     try:
         for delegate in candidates:
             try:
-                session = delegate.load(fd, format, 1)
+                session = delegate.load(fd, format, Options())
                 if pipelines:  # every delegate listed must see the same tensors; not each knows their scales
                     pipeline = Pipeline(session, graph, pipelines[0].inputs, pipelines[0].outputs)
                 else:

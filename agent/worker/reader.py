@@ -9,11 +9,16 @@ import socket
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from agent import protocol
 from agent.worker import ring
 
 if TYPE_CHECKING:
     from agent.worker.sources import Frame
+
+
+BLANK_GREY = 114
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,9 +44,7 @@ class RingReader:
     """
 
     def __init__(self, message: protocol.AttachRing, ring_fd: int, notices_fd: int) -> None:
-        self._frames = ring.map_ring(
-            ring_fd, message.slots, message.slot_bytes, message.height, message.width, message.channels
-        )
+        self._frames = ring.map_ring(ring_fd, message.slots, message.slot_bytes, message.dtype, message.shape)
         self._sock = socket.socket(fileno=notices_fd)
         self._sock.setblocking(True)
         self.answered = 0
@@ -50,6 +53,11 @@ class RingReader:
     def fileno(self) -> int:
         """Descriptor of the notice socket, for a selector."""
         return self._sock.fileno()
+
+    def blank(self) -> Frame:
+        """An array like the ring's frames, mid-grey or zero, for a run before the first frame."""
+        like = self._frames[0]
+        return np.full_like(like, BLANK_GREY if like.dtype == np.uint8 else 0)
 
     def ask(self) -> bool:
         """Ask for the first frame; False when the source is gone."""

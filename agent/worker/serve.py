@@ -18,16 +18,15 @@ import numpy as np
 from agent import protocol
 from agent.errors import AgentError, ModelError, Reason
 from agent.worker import channel, golden
-from agent.worker.delegates import DelegateLoader
+from agent.worker.delegates import DelegateLoader, parse_options
 from agent.worker.graph import Graph, parse_graph
 from agent.worker.images import MAX_IMAGE_BYTES, decode_image
 from agent.worker.pipeline import Answer, Pipeline
-from agent.worker.reader import RingReader
+from agent.worker.reader import BLANK_GREY, RingReader
 from agent.worker.tensor import parse_specs
 
 MAX_THREADS = 64
 MAX_RUNS = 10_000
-BLANK_GREY = 114
 BLANK_SIZE = (480, 640)
 
 
@@ -137,7 +136,7 @@ class _ModelWorker:
                     f"{delegate.name} does not run {message.format[:20]!r}",
                     hint=f"it runs {', '.join(sorted(delegate.formats))}",
                 )
-            session = delegate.load(fd, message.format, message.threads)
+            session = delegate.load(fd, message.format, parse_options(message.threads, message.options))
             pipeline = Pipeline(session, graph, inputs, outputs)
             if graph.task != "raw":
                 pipeline.plan(*BLANK_SIZE)  # a declaration that does not fit must fail now, not on the first frame
@@ -151,6 +150,8 @@ class _ModelWorker:
                 round((time.perf_counter_ns() - started) / 1e6, 3),
                 rss_bytes(),
                 delegate.runtime,
+                "",
+                "",
                 [spec.to_json() for spec in pipeline.inputs],
                 [spec.to_json() for spec in pipeline.outputs],
             )
@@ -171,12 +172,13 @@ class _ModelWorker:
         once = self._whole_run(pipeline)
         for _ in range(message.warmups):
             once()
-        runs_ns = []
+        runs_ns, cpu_ns = [], []
         for _ in range(message.runs):
-            started = time.perf_counter_ns()
+            computed, started = time.process_time_ns(), time.perf_counter_ns()
             once()
             runs_ns.append(time.perf_counter_ns() - started)
-        self._link.send(protocol.Measured(runs_ns, rss_bytes()))
+            cpu_ns.append(time.process_time_ns() - computed)
+        self._link.send(protocol.Measured(runs_ns, cpu_ns, rss_bytes()))
 
     def _whole_run(self, pipeline: Pipeline) -> Callable[[], object]:
         """What one frame costs: on a golden picture, a blank one, or without a picture for a model that takes none."""
@@ -200,8 +202,8 @@ class _ModelWorker:
         started = time.perf_counter_ns()
         ring_fd, notices_fd = packet.take(2)
         try:
-            pipeline.run(_blank(message.height, message.width))
             reader = RingReader(message, ring_fd, notices_fd)
+            pipeline.run(reader.blank())
         except AgentError:
             os.close(notices_fd)
             raise

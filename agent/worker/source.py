@@ -18,7 +18,6 @@ from agent.errors import AgentError, ConfigError, Reason, SourceError
 from agent.worker import channel, dispatch, ring
 from agent.worker.sources import Source, SourceOpener
 
-CHANNELS = 3
 MAX_LATE_S = 0.5
 STATE_EVERY_NS = 1_000_000_000
 """A paced source that is later than this gives up the lost time instead of hurrying after it."""
@@ -203,10 +202,10 @@ class _SourceProcess:
         source = opener(message.options)
         pace = source.pace
         slots = dispatch.slots_needed(pace.queue_frames)
-        self._ring = ring.RingWriter(slots, source.height, source.width, CHANNELS)
+        self._ring = ring.RingWriter(slots, source.dtype, source.shape)
         self._dispatch = dispatch.Dispatch(pace.policy, pace.queue_frames)
         self._source = source
-        opened = protocol.SourceOpened(source.width, source.height, CHANNELS, pace.fps, slots, self._ring.slot_bytes)
+        opened = protocol.SourceOpened(source.dtype, list(source.shape), pace.fps, slots, self._ring.slot_bytes)
         self._link.send(opened, (self._ring.fd,))
         self._ring.close_fd()
 

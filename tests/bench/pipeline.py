@@ -11,13 +11,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from agent import memfd
-from agent.config import LineConfig, SourceConfig
+from agent.config import LineConfig
 from agent.daemon.lines import LineRuntime
 from agent.daemon.selection import Verdict, quantile
 from agent.daemon.sources import SourceRuntime
 from agent.daemon.supervisor import Supervisor, default_host_command
 from agent.protocol import Result
 from agent.recording import WorkerRecorder
+from agent.sourceconfig import SourceConfig
 from agent.workbench import LIMITS
 from ota.client.ports import Candidate
 from ota.publisher import spec

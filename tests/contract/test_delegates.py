@@ -16,7 +16,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from agent import memfd
 from agent.errors import ModelError, Reason
-from agent.worker.delegates import DELEGATES, Delegate, Session
+from agent.worker.delegates import DELEGATES, Delegate, Options, Session
 from agent.worker.graph import parse_graph
 from agent.worker.images import decode_image
 from agent.worker.pipeline import Pipeline
@@ -48,10 +48,10 @@ _LOAD = """
 import sys
 from agent import memfd
 from agent.errors import ModelError
-from agent.worker.delegates import DELEGATES
+from agent.worker.delegates import DELEGATES, Options
 name, format, path = sys.argv[1:]
 try:
-    DELEGATES[name]().load(memfd.of_bytes("model", open(path, "rb").read()), format, 1)
+    DELEGATES[name]().load(memfd.of_bytes("model", open(path, "rb").read()), format, Options())
 except ModelError as e:
     sys.exit(0 if e.reason.value == "model_unloadable" else str(e))
 sys.exit("it loaded")
@@ -60,9 +60,9 @@ sys.exit("it loaded")
 _RUN = """
 import sys
 from agent import memfd
-from agent.worker.delegates import DELEGATES
+from agent.worker.delegates import DELEGATES, Options
 name, format, path = sys.argv[1:]
-DELEGATES[name]().load(memfd.of_bytes("model", open(path, "rb").read()), format, 1).run()
+DELEGATES[name]().load(memfd.of_bytes("model", open(path, "rb").read()), format, Options()).run()
 """
 
 PAIRS, MISSING = installed()
@@ -86,7 +86,7 @@ def model(format: str, version: str = "1.0.0") -> bytes:
 def load(delegate: Delegate, data: bytes, format: str) -> Session:
     fd = memfd.of_bytes("model", data)
     try:
-        return delegate.load(fd, format, 1)
+        return delegate.load(fd, format, Options())
     finally:
         os.close(fd)  # the session must not need it any more
 
@@ -194,7 +194,7 @@ def test_a_memfd_that_could_still_change_is_refused(subject):
     fd = memfd.create("model", len(data))
     os.pwrite(fd, data, 0)
     with pytest.raises(ModelError) as caught:
-        delegate.load(fd, format, 1)
+        delegate.load(fd, format, Options())
     os.close(fd)
     assert caught.value.reason is Reason.BAD_MESSAGE
 

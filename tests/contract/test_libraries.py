@@ -9,7 +9,7 @@ from onnx import TensorProto, helper
 
 from agent import config, memfd
 from agent.errors import ConfigError, ModelError, Reason
-from agent.worker.delegates import DELEGATES
+from agent.worker.delegates import DELEGATES, Options
 
 
 def onnx_delegates() -> list[str]:
@@ -40,7 +40,7 @@ def test_a_model_with_an_operator_of_its_own_is_refused_and_nothing_is_looked_fo
     monkeypatch.chdir(tmp_path)
     fd = memfd.of_bytes("model", with_foreign_operator(domain))
     with pytest.raises(ModelError) as refusal:
-        DELEGATES[delegate]().load(fd, "onnx", 1)
+        DELEGATES[delegate]().load(fd, "onnx", Options())
     assert refusal.value.reason is Reason.MODEL_UNLOADABLE
     maps = Path("/proc/self/maps").read_text()
     assert "own.so" not in maps

@@ -115,7 +115,7 @@ def messages() -> None:
     keep("topic", "cmd", b"edge/v1/edge/cam-1/cmd")
     keep("topic", "blk", b"edge/v1/edge/cam-1/blk/get")
     result = protocol.Result(7, 1, 2, [1, 2, 3, 4], [{"label": "nut", "score": 0.5, "box": [0, 0, 1, 1]}])
-    loaded = protocol.ModelLoaded("onnx:cpu", 1.0, 12.5, 1 << 20, "onnxruntime 1.31", [], [])
+    loaded = protocol.ModelLoaded("onnx:cpu", 1.0, 12.5, 1 << 20, "onnxruntime 1.31", "", "", [], [])
     for message in (result, loaded, protocol.Fault("model_shape", "wrong", "export again"), protocol.StopWorker()):
         keep("worker-message", type(message).__name__, protocol.encode(message))
     post = b'POST /v1/check HTTP/1.1\r\nhost: a\r\ncontent-length: 18\r\n\r\n{"line": "person"}'

@@ -6,7 +6,8 @@ Importing this loads no runtime and no numpy.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Protocol
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
     from agent.worker.tensor import Array, TensorSpec
@@ -30,6 +31,19 @@ class Session(Protocol):
         """Run on what `tensors` hold; the outputs are valid until the next run."""
 
 
+@dataclass(frozen=True)
+class Options:
+    """How a model is loaded. `bf16` allows the runtime to compute floats in bfloat16 where it is faster."""
+
+    threads: int = 1
+    bf16: bool = False
+
+
+def parse_options(threads: int, options: Mapping[str, Any]) -> Options:
+    """The options of a `LoadModel`; unknown keys are a newer daemon's and change nothing here."""
+    return Options(threads, options.get("bf16") is True)
+
+
 class Delegate(Protocol):
     """One way to run models of some formats. `runtime` names library and version."""
 
@@ -37,7 +51,7 @@ class Delegate(Protocol):
     runtime: str
     formats: frozenset[str]
 
-    def load(self, fd: int, format: str, threads: int) -> Session:
+    def load(self, fd: int, format: str, options: Options) -> Session:
         """Load the model in the sealed memfd `fd`, strictly: on this delegate or not at all.
 
         Raises:

@@ -6,6 +6,7 @@ Uses the `Interpreter`: LiteRT's newer compiled-model interface holds the interp
 from __future__ import annotations
 
 from agent.errors import ModelError, Reason
+from agent.worker.delegates import Options
 from agent.worker.delegates.interpreter import INTERPRETER_ERRORS, InterpreterSession, delegated_share
 from agent.worker.delegates.model import check_sealed, import_runtime, path_of, refused, version_of
 
@@ -29,14 +30,14 @@ class LiteRT:
         self._module = import_runtime("ai_edge_litert.interpreter", "litert")
         self.runtime = f"litert {version_of('ai-edge-litert')}"
 
-    def load(self, fd: int, format: str, threads: int) -> InterpreterSession:
+    def load(self, fd: int, format: str, options: Options) -> InterpreterSession:
         """See `Delegate.load`. XNNPACK that takes no node at all is `delegate_fell_back`."""
         check_sealed(fd)
         kinds = self._module.OpResolverType
         resolver = kinds.BUILTIN if self.name == XNNPACK else kinds.BUILTIN_WITHOUT_DEFAULT_DELEGATES
         try:
             interpreter = self._module.Interpreter(
-                model_path=path_of(fd), num_threads=threads, experimental_op_resolver_type=resolver
+                model_path=path_of(fd), num_threads=options.threads, experimental_op_resolver_type=resolver
             )
         except INTERPRETER_ERRORS as e:
             raise refused(self.runtime, e) from e

@@ -10,6 +10,7 @@ import os
 from typing import Any
 
 from agent.errors import ModelError, Reason
+from agent.worker.delegates import Options
 from agent.worker.delegates.model import check_sealed, import_runtime, path_of, refused, version_of
 from agent.worker.delegates.onnxfile import refuse_external_data
 from agent.worker.tensor import Array, TensorSpec, make_spec
@@ -46,20 +47,20 @@ class OnnxRuntime:
         self._ort = import_runtime("onnxruntime", "onnx")
         self.runtime = f"onnxruntime {version_of('onnxruntime')}"
 
-    def load(self, fd: int, format: str, threads: int) -> OnnxSession:
+    def load(self, fd: int, format: str, options: Options) -> OnnxSession:
         """See `Delegate.load`."""
         check_sealed(fd)
         refuse_external_data(fd)
         ort = self._ort
-        options = ort.SessionOptions()
-        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
-        options.intra_op_num_threads = threads
-        options.inter_op_num_threads = 1
-        options.log_severity_level = 3
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        settings = ort.SessionOptions()
+        settings.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
+        settings.intra_op_num_threads = options.threads
+        settings.inter_op_num_threads = 1
+        settings.log_severity_level = 3
+        settings.add_session_config_entry("session.intra_op.allow_spinning", "0")
         try:
             # Not `session.disable_cpu_ep_fallback`: it forbids the CPU provider itself.
-            session = ort.InferenceSession(path_of(fd), options, providers=[PROVIDER])
+            session = ort.InferenceSession(path_of(fd), settings, providers=[PROVIDER])
         except Exception as e:  # ONNX Runtime's exceptions share no root but this one
             raise refused(self.runtime, e) from e
         if session.get_providers() != [PROVIDER]:

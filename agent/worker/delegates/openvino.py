@@ -13,6 +13,7 @@ import tempfile
 from typing import Any
 
 from agent.errors import ModelError, Reason
+from agent.worker.delegates import Options
 from agent.worker.delegates.model import check_sealed, check_tflite, import_runtime, path_of, refused, version_of
 from agent.worker.delegates.onnxfile import refuse_external_data
 from agent.worker.tensor import Array, TensorSpec, make_spec
@@ -50,7 +51,7 @@ class OpenVINO:
         self.runtime = f"openvino {version_of('openvino')}"
         self._core = self._ov.Core()
 
-    def load(self, fd: int, format: str, threads: int) -> OpenVINOSession:
+    def load(self, fd: int, format: str, options: Options) -> OpenVINOSession:
         """See `Delegate.load`."""
         check_sealed(fd)
         try:
@@ -61,9 +62,9 @@ class OpenVINO:
                 model,
                 DEVICE,
                 {
-                    "INFERENCE_PRECISION_HINT": "f32",
+                    "INFERENCE_PRECISION_HINT": "bf16" if options.bf16 else "f32",
                     "PERFORMANCE_HINT": "LATENCY",
-                    "INFERENCE_NUM_THREADS": threads,
+                    "INFERENCE_NUM_THREADS": options.threads,
                     "NUM_STREAMS": 1,
                 },
             )

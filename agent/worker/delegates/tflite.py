@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from agent.worker.delegates import Options
 from agent.worker.delegates.interpreter import INTERPRETER_ERRORS, InterpreterSession, delegated_share
 from agent.worker.delegates.model import (
     check_sealed,
@@ -32,12 +33,12 @@ class TFLiteRuntime:
         self._module = import_runtime("tflite_runtime.interpreter", "tflite")
         self.runtime = f"tflite-runtime {version_of('tflite-runtime')}"
 
-    def load(self, fd: int, format: str, threads: int) -> InterpreterSession:
+    def load(self, fd: int, format: str, options: Options) -> InterpreterSession:
         """See `Delegate.load`. `coverage` is the share that stays with the interpreter's own kernels."""
         check_sealed(fd)
         check_tflite(fd)
         try:
-            interpreter = self._module.Interpreter(model_path=path_of(fd), num_threads=threads)
+            interpreter = self._module.Interpreter(model_path=path_of(fd), num_threads=options.threads)
         except INTERPRETER_ERRORS as e:
             raise refused(self.runtime, e) from e
         session = InterpreterSession(interpreter, self.name, self.runtime)

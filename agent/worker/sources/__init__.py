@@ -10,10 +10,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
-    import numpy as np
     from numpy.typing import NDArray
 
-    Frame = NDArray[np.uint8]
+    Frame = NDArray[Any]
 
 LIVE = "live"
 EVERY = "every"
@@ -35,14 +34,17 @@ class Pace:
 
 
 class Source(Protocol):
-    """An open source. `height`, `width` and `pace` never change while it is open."""
+    """An open source. `dtype`, `shape` and `pace` never change while it is open.
 
-    height: int
-    width: int
+    A frame is uint8 [height, width, 3] BGR from a camera, float32 [samples, channels] from a sensor.
+    """
+
+    dtype: str
+    shape: tuple[int, ...]
     pace: Pace
 
     def read_into(self, slot: Frame) -> bool:
-        """Decode the next frame into `slot` (uint8, height x width x 3, BGR); False when the source has ended.
+        """Write the next frame into `slot` (of `dtype` and `shape`); False when the source has ended.
 
         Raises:
             SourceError: `source_unreadable` when it broke in the middle.

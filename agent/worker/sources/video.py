@@ -50,7 +50,7 @@ class Video:
             self._capture.release()
             raise _undecodable(path)
         self._first: Frame | None = np.asarray(first, np.uint8)
-        self.height, self.width = first.shape[:2]
+        self.dtype, self.shape = "uint8", first.shape
         fps = pace.fps or self._own_fps(pace)
         self.pace = Pace(pace.policy, fps, pace.paced, pace.queue_frames)
 
@@ -81,7 +81,8 @@ class Video:
         if frame.ctypes.data != slot.ctypes.data:  # OpenCV could not use the slot: another size
             raise SourceError(
                 Reason.SOURCE_UNREADABLE,
-                f"{self._path} changes from {self.width}x{self.height} to {frame.shape[1]}x{frame.shape[0]} pixels",
+                f"{self._path} changes from {self.shape[1]}x{self.shape[0]}"
+                f" to {frame.shape[1]}x{frame.shape[0]} pixels",
                 hint="re-encode it with one frame size",
             )
         return True

@@ -16,10 +16,11 @@ from agent.worker import main as entry
 
 LOADED = {
     "t": "ModelLoaded", "actual": "litert:xnnpack", "coverage": 1.0, "load_ms": 1.0, "rss_bytes": 1, "runtime": "x",
+    "driver": "", "compiled": "",
     "inputs": [], "outputs": [],
 }  # fmt: skip
 PASSED = {"t": "GoldenPassed", "vectors": 1, "worst": 0.0}
-MEASURED = {"t": "Measured", "runs_ns": [1000] * 5, "rss_bytes": 1}
+MEASURED = {"t": "Measured", "runs_ns": [1000] * 5, "cpu_ns": [1000] * 5, "rss_bytes": 1}
 ATTACHED = {"t": "RingAttached", "warm_ms": 1.0}
 ANSWERS = {"LoadModel": LOADED, "RunGolden": PASSED, "Measure": MEASURED, "AttachRing": ATTACHED}
 

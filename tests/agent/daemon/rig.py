@@ -11,12 +11,13 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 
-from agent.config import LineConfig, SourceConfig, UpdateConfig
+from agent.config import LineConfig, UpdateConfig
 from agent.daemon.lines import LineRuntime
 from agent.daemon.selection import Verdict
 from agent.daemon.sources import SourceRuntime
 from agent.daemon.supervisor import Supervisor, default_host_command
 from agent.protocol import Result
+from agent.sourceconfig import SourceConfig
 from ota.client.ports import Candidate
 
 LIMITS = UpdateConfig(

@@ -38,7 +38,7 @@ class FakeDelegate:
     runtime = "fake 1.0"
     formats = frozenset({"tflite"})
 
-    def load(self, fd, format, threads):
+    def load(self, fd, format, options):
         return FakeSession(Path(f"/proc/self/fd/{fd}").read_text())
 
 

@@ -169,11 +169,11 @@ def test_a_worker_passes_its_own_golden_vectors_and_fails_those_of_another_netwo
     graph = {"task": "classification", "preprocess": {"color": "gray", "std": [255.0]}}
     pictures = [(digits / "golden" / f"{name}.png").read_bytes() for name in ("seven", "three", "eight")]
     models = {version: (digits / version / "int8.tflite").read_bytes() for version in ("1.0.0", "1.1.0")}
-    from agent.worker.delegates import DELEGATES
+    from agent.worker.delegates import DELEGATES, Options
 
     parsed = parse_graph(graph)
     fd = memfd.of_bytes("model", models["1.0.0"])
-    pipeline = Pipeline(DELEGATES["litert:cpu"]().load(fd, "tflite", 1), parsed, (), ())
+    pipeline = Pipeline(DELEGATES["litert:cpu"]().load(fd, "tflite", Options()), parsed, (), ())
     vectors = [
         golden.Vector(
             picture, (), {"m": tuple(o.copy() for o in golden.outputs_of(pipeline, golden.Vector(picture, (), {})))}

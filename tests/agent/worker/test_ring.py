@@ -15,13 +15,13 @@ from agent.worker import ring
 
 @pytest.fixture
 def writer():
-    writer = ring.RingWriter(4, 30, 40, 3)
+    writer = ring.RingWriter(4, "uint8", (30, 40, 3))
     yield writer
     writer.close_fd()
 
 
 def open_reader(writer, **changes):
-    geometry = {"slots": 4, "slot_length": writer.slot_bytes, "height": 30, "width": 40, "channels": 3}
+    geometry = {"slots": 4, "slot_length": writer.slot_bytes, "dtype": "uint8", "shape": (30, 40, 3)}
     return ring.map_ring(writer.fd, **{**geometry, **changes})
 
 
@@ -56,7 +56,14 @@ def test_the_writer_itself_still_writes_after_the_seal(writer):
 
 @pytest.mark.parametrize(
     "changes",
-    [{"slots": 5}, {"slots": 3}, {"height": 35}, {"width": 0}, {"slot_length": 10}],
+    [
+        {"slots": 5},
+        {"slots": 3},
+        {"shape": (35, 40, 3)},
+        {"shape": (30, 0, 3)},
+        {"slot_length": 10},
+        {"dtype": "object"},
+    ],
 )
 def test_a_geometry_the_memfd_does_not_have_is_refused(writer, changes):
     with pytest.raises(AgentError) as caught:
@@ -67,11 +74,11 @@ def test_a_geometry_the_memfd_does_not_have_is_refused(writer, changes):
 def test_a_memfd_that_could_shrink_under_a_reader_is_refused(writer):
     fd = memfd.create("loose", 4 * writer.slot_bytes)
     with pytest.raises(AgentError):
-        ring.map_ring(fd, 4, writer.slot_bytes, 30, 40, 3)
+        ring.map_ring(fd, 4, writer.slot_bytes, "uint8", (30, 40, 3))
     os.close(fd)
 
 
 def test_a_ring_beyond_the_limit_is_refused_before_it_is_made():
     with pytest.raises(AgentError) as caught:
-        ring.RingWriter(64, 4320, 7680, 3)
+        ring.RingWriter(64, "uint8", (4320, 7680, 3))
     assert "queue_frames" in caught.value.hint

@@ -262,7 +262,7 @@ def test_a_ring_that_is_not_what_was_said_is_refused(daemon: Daemon, digits, cli
     worker = serve_digits(daemon, digits)
     ours, theirs = protocol.socket_pair()
     o = camera.opened
-    wrong = protocol.AttachRing(o.width, o.height * 2, o.channels, o.slots, o.slot_bytes)
+    wrong = protocol.AttachRing(o.dtype, [o.shape[0] * 2, *o.shape[1:]], o.slots, o.slot_bytes)
     worker.send(wrong, camera.ring, theirs.fileno())
     assert worker.receive().message.reason == Reason.BAD_MESSAGE.value
     ours.close()
@@ -305,18 +305,18 @@ _AS_NOBODY = """
 import os, sys
 from agent import memfd
 from agent.worker import channel
-from agent.worker.delegates import DELEGATES
+from agent.worker.delegates import DELEGATES, Options
 for name, path in zip(sys.argv[1::2], sys.argv[2::2]):
     data = open(path, "rb").read()
     fd = memfd.of_bytes("model", data)  # root's, as a daemon's would be
     delegate = DELEGATES[name]()
     format = path.rsplit(".", 1)[1]
-    delegate.load(fd, format, 1)  # whatever is imported lazily is there now
+    delegate.load(fd, format, Options())  # whatever is imported lazily is there now
     if os.fork() == 0:
         os.setgid(65534)
         os.setuid(65534)
         channel.confine(0)
-        session = delegate.load(fd, format, 1)
+        session = delegate.load(fd, format, Options())
         session.run()
         os._exit(0)
     assert os.waitstatus_to_exitcode(os.wait()[1]) == 0, name

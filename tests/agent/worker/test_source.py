@@ -23,7 +23,7 @@ class Reader:
 
     def __init__(self, camera: Camera, number: int, **kwargs) -> None:
         o = camera.opened
-        self.frames = ring.map_ring(camera.ring, o.slots, o.slot_bytes, o.height, o.width, o.channels)
+        self.frames = ring.map_ring(camera.ring, o.slots, o.slot_bytes, o.dtype, o.shape)
         self.sock = camera.attach_socket(number, **kwargs)
         self.sock.settimeout(QUICK_S)
         self.seen: list[int] = []
@@ -61,7 +61,7 @@ def dropped(camera: Camera, seconds: float = 0.2) -> list[tuple[str, list[int], 
 def test_live_without_overload_delivers_every_frame_from_0_on_and_at_its_time(daemon: Daemon, clip):
     # a queue for 0.64 s: the test's reader may be kept waiting by other processes, and that is no overload
     camera = Camera.open(daemon, {"path": str(clip), "queue_frames": 64})
-    assert (camera.opened.width, camera.opened.height, camera.opened.fps) == (160, 120, 100.0)
+    assert (camera.opened.dtype, camera.opened.shape, camera.opened.fps) == ("uint8", [120, 160, 3], 100.0)
     reader = Reader(camera, 1)
     reader.ask()
     answered = reader.run(100)

@@ -146,6 +146,7 @@ def load_message(delegate: str, graph: dict[str, Any] | None = None, **changes: 
         "format": "onnx" if delegate.startswith("onnx") else "tflite",
         "delegate": delegate,
         "threads": 1,
+        "options": {},
         "graph": graph if graph is not None else {"task": "raw"},
         "inputs": [],
         "outputs": [],
@@ -192,7 +193,7 @@ class Camera(Worker):
 
     def geometry(self) -> protocol.AttachRing:
         o = self.opened
-        return protocol.AttachRing(o.width, o.height, o.channels, o.slots, o.slot_bytes)
+        return protocol.AttachRing(o.dtype, o.shape, o.slots, o.slot_bytes)
 
     def attach(self, reader: int, model: Worker, *, line: str = "line", active: bool = True) -> None:
         """Attach a model worker as a reader and wait until it is warm."""
