@@ -13,6 +13,22 @@ if TYPE_CHECKING:
     from agent.worker.tensor import Array, TensorSpec
 
 
+class Compiled(Protocol):
+    """What a runtime made of a model, where that can be kept."""
+
+    @property
+    def imported(self) -> bool:
+        """Whether it came from an earlier export and was not made here."""
+        ...
+
+    def export(self) -> int:
+        """A new sealed memfd for `Options.compiled`; the caller closes it.
+
+        Raises:
+            ModelError: `model_unloadable`: the runtime cannot give it, or it was itself imported.
+        """
+
+
 class Session(Protocol):
     """A model that is loaded and can run.
 
@@ -27,28 +43,43 @@ class Session(Protocol):
     actual: str
     coverage: float
 
+    @property
+    def compiled(self) -> Compiled | None:
+        """None where loading makes nothing that could be kept."""
+        ...
+
     def run(self) -> tuple[Array, ...]:
         """Run on what `tensors` hold; the outputs are valid until the next run."""
 
 
 @dataclass(frozen=True)
 class Options:
-    """How a model is loaded. `bf16` allows the runtime to compute floats in bfloat16 where it is faster."""
+    """How a model is loaded.
+
+    `bf16` allows the runtime to compute floats in bfloat16 where it is faster. `model` is the SHA-256 of the model, as
+    whoever hands it out checked it; without one nothing can be exported or imported. `compiled` is a sealed memfd that
+    `Compiled.export` gave before; one of another runtime, driver, model, delegate or other options is not used.
+    """
 
     threads: int = 1
     bf16: bool = False
+    model: str = ""
+    compiled: int | None = None
 
 
-def parse_options(threads: int, options: Mapping[str, Any]) -> Options:
+def parse_options(threads: int, options: Mapping[str, Any], compiled: int | None = None) -> Options:
     """The options of a `LoadModel`; unknown keys are a newer daemon's and change nothing here."""
-    return Options(threads, options.get("bf16") is True)
+    model = options.get("model")
+    return Options(threads, options.get("bf16") is True, model if isinstance(model, str) else "", compiled)
 
 
 class Delegate(Protocol):
-    """One way to run models of some formats. `runtime` names library and version."""
+    """One way to run models of some formats. `runtime` names library and version, `driver` what lies below it and
+    decides how fast and how exactly it computes; empty where nothing does."""
 
     name: str
     runtime: str
+    driver: str
     formats: frozenset[str]
 
     def load(self, fd: int, format: str, options: Options) -> Session:
@@ -81,22 +112,59 @@ def _tflite_cpu() -> Delegate:
     return TFLiteRuntime()
 
 
-def _onnx_cpu() -> Delegate:
-    from agent.worker.delegates.onnxruntime import OnnxRuntime
+def _external(name: str) -> DelegateLoader:
+    def load() -> Delegate:
+        from agent.worker.delegates.external import LIBRARIES, ExternalDelegate
 
-    return OnnxRuntime()
+        return ExternalDelegate(name, LIBRARIES[name])
+
+    return load
 
 
-def _openvino_cpu() -> Delegate:
-    from agent.worker.delegates.openvino import OpenVINO
+def _onnx(name: str) -> DelegateLoader:
+    def load() -> Delegate:
+        from agent.worker.delegates.onnxruntime import OnnxRuntime
 
-    return OpenVINO()
+        return OnnxRuntime(name)
+
+    return load
+
+
+def _openvino(name: str) -> DelegateLoader:
+    def load() -> Delegate:
+        from agent.worker.delegates.openvino import OpenVINO
+
+        return OpenVINO(name)
+
+    return load
+
+
+def _reference() -> Delegate:
+    from agent.worker.delegates.reference import Reference
+
+    return Reference()
 
 
 DELEGATES: Mapping[str, DelegateLoader] = {
     "litert:xnnpack": _litert_xnnpack,
     "litert:cpu": _litert_cpu,
+    "litert:edgetpu": _external("litert:edgetpu"),
+    "litert:ethosu": _external("litert:ethosu"),
+    "litert:vx": _external("litert:vx"),
     "tflite:cpu": _tflite_cpu,
-    "onnx:cpu": _onnx_cpu,
-    "openvino:cpu": _openvino_cpu,
+    "onnx:cpu": _onnx("onnx:cpu"),
+    "onnx:cuda": _onnx("onnx:cuda"),
+    "onnx:tensorrt": _onnx("onnx:tensorrt"),
+    "onnx:openvino": _onnx("onnx:openvino"),
+    "onnx:qnn": _onnx("onnx:qnn"),
+    "openvino:cpu": _openvino("openvino:cpu"),
+    "openvino:gpu": _openvino("openvino:gpu"),
+    "openvino:npu": _openvino("openvino:npu"),
+    "reference": _reference,
 }
+
+_FORMATS_OF = {"litert": ("tflite",), "tflite": ("tflite",), "reference": ("tflite",), "onnx": ("onnx",)}
+FORMATS: Mapping[str, tuple[str, ...]] = {
+    name: _FORMATS_OF.get(name.partition(":")[0], ("onnx", "ovir", "tflite")) for name in DELEGATES
+}
+"""Model formats of every delegate, of those too whose runtime is not here."""

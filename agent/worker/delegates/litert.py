@@ -24,6 +24,7 @@ class LiteRT:
     """
 
     formats = frozenset({"tflite"})
+    driver = ""
 
     def __init__(self, name: str) -> None:
         self.name = name

@@ -5,12 +5,14 @@ from __future__ import annotations
 import importlib
 import importlib.metadata
 import os
+from collections.abc import Sequence
 from types import ModuleType
 
 from agent import memfd
 from agent.errors import ModelError, Reason
 
 MAX_MODEL_BYTES = 1 << 31
+_NO_MEMORY = ("bad_alloc", "failed to allocate memory", "out of memory")
 
 
 def check_sealed(fd: int) -> int:
@@ -67,6 +69,11 @@ def missing(module: str, extra: str, why: str) -> ModelError:
     )
 
 
+def device_missing(why: str, brought_by: str) -> ModelError:
+    """The error of a runtime that is here, without the hardware, driver or vendor's part that it needs."""
+    return ModelError(Reason.RUNTIME_MISSING, why[:300], hint=f"it comes with {brought_by}")
+
+
 def version_of(distribution: str) -> str:
     """Installed version of a package, or `unknown` where a vendor shipped the module without its metadata."""
     try:
@@ -75,10 +82,23 @@ def version_of(distribution: str) -> str:
         return "unknown"
 
 
+def first_line(paths: Sequence[str]) -> str:
+    """What the first of `paths` that can be read begins with; empty for none."""
+    for path in paths:
+        try:
+            with open(path, encoding="utf-8", errors="replace") as file:
+                return file.readline(300).strip()
+        except OSError:
+            continue
+    return ""
+
+
 def refused(runtime: str, error: Exception, *, line: int = 0) -> ModelError:
     """The error of a model that `runtime` does not take, with the line of its complaint that says most."""
     lines = [text.strip() for text in str(error).splitlines() if text.strip()]
     said = (lines or [type(error).__name__])[line][:300]
+    if any(words in said.lower() for words in _NO_MEMORY):
+        return ModelError(Reason.WORKER_OUT_OF_MEMORY, f"{runtime} got no memory: {said}")
     return ModelError(
         Reason.MODEL_UNLOADABLE,
         f"{runtime} refuses the model: {said}",

@@ -1,7 +1,8 @@
-"""Whether an ONNX file keeps weights outside itself, found by walking its protobuf without a library.
+"""Whether an ONNX file names other files, found by walking its protobuf without a library.
 
-External data names files relative to wherever the process is; a model that arrives alone in a memfd has none, so any
-mention of them is refused before a runtime can follow it. Field numbers are those of onnx.proto3.
+External data names files relative to wherever the process is, and a precompiled node any file at all; a model that
+arrives alone in a memfd has none, so any mention of them is refused before a runtime can follow it. Field numbers are
+those of onnx.proto3.
 Invariant: the walk copies nothing and skips tensors' contents by their length.
 """
 
@@ -15,6 +16,10 @@ from agent.errors import ModelError, Reason
 MAX_DEPTH = 64
 _TENSOR_EXTERNAL_DATA = 13
 _TENSOR_DATA_LOCATION = 14
+_NODE_OPERATOR = 4
+# what a provider compiled elsewhere; it opens any file that the node names, wherever that lies
+_PRECOMPILED = b"EPContext"
+_TAG_BITS = 32
 
 # Message kinds, and in which of their fields which kinds lie.
 _INSIDE: Mapping[str, Mapping[int, str]] = {
@@ -33,7 +38,8 @@ def refuse_external_data(fd: int) -> None:
     """Pass only an ONNX file that is complete in itself.
 
     Raises:
-        ModelError: `model_unloadable` for external data, and for bytes that are no protobuf message.
+        ModelError: `model_unloadable` for external data, for nodes compiled elsewhere, and for bytes that are no
+            protobuf message.
     """
     with mmap.mmap(fd, 0, mmap.MAP_SHARED, mmap.PROT_READ) as data:
         with memoryview(data) as view:
@@ -54,6 +60,8 @@ def _walk(view: memoryview, kind: str, start: int, end: int) -> list[tuple[str, 
     position = start
     while position < end:
         key, position = _varint(view, position, end)
+        if key >> _TAG_BITS:
+            raise _malformed()  # protobuf drops what is above, and would read another field here
         number, wire = key >> 3, key & 7
         value = 0
         begin = position
@@ -75,6 +83,12 @@ def _walk(view: memoryview, kind: str, start: int, end: int) -> list[tuple[str, 
                 Reason.MODEL_UNLOADABLE,
                 "the ONNX model keeps weights in other files",
                 hint="save it with its weights inside (onnx.save without external data)",
+            )
+        if kind == "node" and number == _NODE_OPERATOR and view[begin:position] == _PRECOMPILED:
+            raise ModelError(
+                Reason.MODEL_UNLOADABLE,
+                "the ONNX model holds an EPContext node, which names other files",
+                hint="publish the model itself; the device compiles it",
             )
         if wire == 2 and number in inside:
             found.append((inside[number], begin, position))

@@ -26,6 +26,7 @@ class TFLiteRuntime:
 
     name = "tflite:cpu"
     formats = frozenset({"tflite"})
+    driver = ""
 
     def __init__(self) -> None:
         if int(np.__version__.split(".", 1)[0]) >= 2:
