@@ -151,6 +151,9 @@ def float_outputs(network: Network, weights: dict[str, Folded], pictures: Array)
 def _pinned(pictures: Array) -> Array:
     """Calibration pictures whose range is exactly 0..1, so that the input's scale is 1/255."""
     pinned = pictures.copy()
+    if pinned.shape[2] == 1:  # one pixel of many values: two of them are enough
+        pinned[0, 0, 0, :2] = 0.0, 1.0
+        return pinned
     pinned[0, 0, 0, :] = 0.0
     pinned[0, 0, 1, :] = 1.0
     return pinned

@@ -41,3 +41,8 @@ def parts_clip() -> ModuleType:
 @pytest.fixture(scope="session")
 def digits_evaluate() -> ModuleType:
     return _load("digits", "evaluate")
+
+
+@pytest.fixture(scope="session")
+def vibration_evaluate() -> ModuleType:
+    return _load("vibration", "evaluate")

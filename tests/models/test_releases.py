@@ -6,6 +6,7 @@ import tomllib
 from pathlib import Path
 
 import cv2
+import numpy as np
 import onnx
 import pytest
 import zstandard
@@ -13,7 +14,7 @@ from ai_edge_litert.interpreter import Interpreter
 
 from models.digests import digests
 
-LINES = ("digits", "parts")
+LINES = ("digits", "parts", "vibration")
 RELEASES = [(line, version) for line in LINES for version in ("1.0.0", "1.1.0")]
 
 
@@ -30,13 +31,17 @@ def test_a_spec_names_its_release_and_files_that_exist(line: str, version: str, 
     spec = tomllib.loads((folder / "spec.toml").read_text())
     assert (spec["line"], spec["version"], spec["licence"]) == (line, version, "Apache-2.0")
     for name in spec["golden"]["images"]:
-        assert cv2.imread(str(folder / name)) is not None
+        if name.endswith(".npy"):
+            window = np.load(folder / name)
+            assert (window.dtype, window.shape) == (np.float32, (1024, 3))
+        else:
+            assert cv2.imread(str(folder / name)) is not None
     for component in spec["component"]:
         assert 0 < (folder / component["file"]).stat().st_size < 1_000_000
 
 
 @pytest.mark.parametrize(("line", "version"), RELEASES)
-def test_the_tflite_component_takes_int8_pixels_and_has_the_outputs_of_the_spec(
+def test_the_tflite_component_takes_int8_shares_and_has_the_outputs_of_the_spec(
     line: str, version: str, models_folder: Path
 ) -> None:
     folder = models_folder / line / version
@@ -48,11 +53,12 @@ def test_the_tflite_component_takes_int8_pixels_and_has_the_outputs_of_the_spec(
     assert zero_point == -128
     shapes = {d["name"]: tuple(d["shape"]) for d in interpreter.get_output_details()}
     found = [shapes[name] for name in spec["component"][0]["outputs"]]
-    assert found == {"parts": [(1, 30, 40, 3), (1, 30, 40, 4)], "digits": [(1, 10)]}[line]
+    wanted = {"parts": [(1, 30, 40, 3), (1, 30, 40, 4)], "digits": [(1, 10)], "vibration": [(1, 1, 1, 195)]}
+    assert found == wanted[line]
 
 
 @pytest.mark.parametrize(("line", "version"), RELEASES)
-def test_the_onnx_component_takes_float_pixels_and_has_the_outputs_of_the_spec(
+def test_the_onnx_component_takes_floats_and_has_the_outputs_of_the_spec(
     line: str, version: str, models_folder: Path
 ) -> None:
     import onnxruntime
@@ -62,10 +68,11 @@ def test_the_onnx_component_takes_float_pixels_and_has_the_outputs_of_the_spec(
     session = onnxruntime.InferenceSession(str(folder / "int8.onnx"), providers=["CPUExecutionProvider"])
     (source,) = session.get_inputs()
     assert source.type == "tensor(float)"
-    assert source.shape == {"parts": [1, 3, 240, 320], "digits": [1, 1, 8, 8]}[line]
+    assert source.shape == {"parts": [1, 3, 240, 320], "digits": [1, 1, 8, 8], "vibration": [1, 195, 1, 1]}[line]
     shapes = {o.name: o.shape for o in session.get_outputs()}
     found = [shapes[name] for name in spec["component"][1]["outputs"]]
-    assert found == {"parts": [[1, 30, 40, 3], [1, 30, 40, 4]], "digits": [[1, 10]]}[line]
+    wanted = {"parts": [[1, 30, 40, 3], [1, 30, 40, 4]], "digits": [[1, 10]], "vibration": [[1, 1, 1, 195]]}
+    assert found == wanted[line]
 
 
 @pytest.mark.parametrize("line", LINES)
@@ -87,7 +94,7 @@ def test_an_update_changes_no_weight_bias_or_scale_outside_the_layers_its_recipe
     assert len(changed) < len(old)
 
 
-@pytest.mark.parametrize(("line", "limit"), [("parts", 0.40), ("digits", 0.45)])
+@pytest.mark.parametrize(("line", "limit"), [("parts", 0.40), ("digits", 0.45), ("vibration", 0.53)])
 @pytest.mark.parametrize("name", ["int8.tflite", "int8.onnx"])
 def test_the_update_is_small_beside_the_full_file_because_the_backbone_kept_its_bytes(
     line: str, limit: float, name: str, models_folder: Path

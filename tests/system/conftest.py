@@ -42,6 +42,7 @@ def device(machine: Device) -> Iterator[Device]:
 
 def _clean(machine: Device) -> None:
     machine.run("systemctl", "stop", "edge-agent-keyless.service", "edge-agent.service", "edge-worker.service")
+    machine.run("systemctl", "stop", "edge-source.path", "edge-source.service")
     machine.run("systemctl", "stop", "edge-agent-sideload.socket", "edge-agent-sideload.service")
     machine.run("sh", "-c", "rm -rf /etc/systemd/system/edge-*.service.d /etc/edge-agent/* /var/lib/edge-agent/*")
     machine.run("systemctl", "daemon-reload")

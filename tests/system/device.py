@@ -27,7 +27,9 @@ TPM = f"swtpm:host=127.0.0.1,port={TPM_PORT}"
 COMMAND_TIMEOUT_S = 60.0
 INSTALL = f"""
 set -eu
-install -m 644 {SOURCE}/packaging/systemd/*.service {SOURCE}/packaging/systemd/*.socket /usr/lib/systemd/system/
+for kind in service socket path; do
+    install -m 644 {SOURCE}/packaging/systemd/*.$kind /usr/lib/systemd/system/
+done
 install -m 644 {SOURCE}/packaging/systemd/sysusers.conf /usr/lib/sysusers.d/edge-agent.conf
 install -m 644 {SOURCE}/packaging/systemd/tmpfiles.conf /usr/lib/tmpfiles.d/edge-agent.conf
 systemd-sysusers

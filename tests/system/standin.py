@@ -34,6 +34,7 @@ def main() -> None:
     os.close(key)
     servers = [
         listen("worker.sock", socket.SOCK_SEQPACKET, "edge-worker"),
+        listen("source.sock", socket.SOCK_SEQPACKET, "edge-source"),
         listen("control.sock", socket.SOCK_STREAM, "edge-agent"),
     ]
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notify:

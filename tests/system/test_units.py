@@ -12,7 +12,7 @@ from tests.system.device import SOURCE, Device
 
 pytestmark = pytest.mark.system
 
-UNITS = ("edge-agent.service", "edge-worker.service")
+UNITS = ("edge-agent.service", "edge-worker.service", "edge-source.service")
 LISTENER_PORT = 8099
 PYTHON = "/opt/edge-agent/bin/python"
 
@@ -34,22 +34,34 @@ def listener(device: Device) -> Iterator[None]:
 
 
 @pytest.fixture
-def running(device: Device, listener: None) -> Device:
-    """Both units: a stand-in with a key and sockets for the daemon, the probe in the worker's place."""
+def running(device: Device, listener: None) -> Iterator[Device]:
+    """The units: a stand-in with a key and sockets for the daemon, the probe in the places of the others."""
     device.write("/etc/edge-agent/agent.toml", "# broker credentials would stand here\n", mode=0o640)
     replace_command(device, "edge-agent.service", f"{PYTHON} -I {SOURCE}/tests/system/standin.py")
     probe = f"{PYTHON} -I {SOURCE}/tests/system/probe.py /run/edge-worker/probe.json {LISTENER_PORT} --stay"
     replace_command(device, "edge-worker.service", probe)
+    replace_command(device, "edge-source.service", probe.replace("edge-worker", "edge-source"))
+    # as if a camera and an accelerator were there; `c 1 3` is what anybody may open
+    device.run("sh", "-c", "mkdir -p /dev/dri; for n in video0 dri/renderD128; do mknod -m 666 /dev/$n c 1 3; done")
     device.run("systemctl", "start", "edge-agent.service")
     device.wait_active("edge-agent.service")
     # pulled in by the daemon's unit but not ordered behind it: it may have probed before there was a socket
     device.run("systemctl", "restart", "edge-worker.service")
     device.wait_active("edge-worker.service")
-    return device
+    # the daemon's socket has started it, which may have been before the others were there
+    device.until(lambda: device.main_pid("edge-source.service") != 0, "edge-source started by its socket", 60)
+    device.run("systemctl", "restart", "edge-source.service")
+    device.wait_active("edge-source.service")
+    yield device
+    device.run("rm", "-f", "/dev/video0", "/dev/dri/renderD128")
 
 
 def from_worker(device: Device) -> Mapping[str, Any]:
     return device.json_file("/run/edge-worker/probe.json")
+
+
+def from_source(device: Device) -> Mapping[str, Any]:
+    return device.json_file("/run/edge-source/probe.json")
 
 
 def from_root(device: Device) -> Mapping[str, Any]:
@@ -108,7 +120,7 @@ def test_worker_reaches_its_own_socket_and_no_other(running: Device) -> None:
     assert worker["list_run"] == "EACCES"
     assert worker["bus"] in ("EACCES", "ENOENT")
     assert root["control_socket"] == root["bus"] == "ok connected"
-    assert root["list_run"] == "ok ['control.sock', 'worker.sock']"
+    assert root["list_run"] == "ok ['control.sock', 'source.sock', 'worker.sock']"
 
 
 def test_worker_sees_no_foreign_process_and_writes_nowhere_outside_its_own_folder(running: Device) -> None:
@@ -120,6 +132,36 @@ def test_worker_sees_no_foreign_process_and_writes_nowhere_outside_its_own_folde
     assert root["foreign_processes"] > 0
     assert worker["cwd"] == "/run/edge-worker"
     assert worker["uid"] not in (0, int(running.run("id", "-u", "edge-agent")))
+
+
+def test_network_source_has_the_network_and_neither_keys_nor_devices(running: Device) -> None:
+    source, worker, root = from_source(running), from_worker(running), from_root(running)
+    closed = ("read_key", "list_state", "read_config", "list_run", "control_socket", "worker_socket")
+    assert {k: source[k] for k in closed} == dict.fromkeys(closed, "EACCES")
+    assert source["bus"] in ("EACCES", "ENOENT")
+    assert (source["connect"], source["source_socket"]) == ("ok connected", "ok connected")
+    assert {k: source[k] for k in ("netlink", "packet")} == dict.fromkeys(("netlink", "packet"), "EAFNOSUPPORT")
+    assert worker["source_socket"] == "EACCES"
+    # what root sees, and the worker may open, is not there for it
+    assert {k: source[k] for k in ("camera", "accelerator")} == {"camera": "ENOENT", "accelerator": "ENOENT"}
+    assert root["camera"] == "ok ['video0']"
+    assert root["accelerator"].startswith("ok")
+    folders = ("create_etc", "create_usr", "create_opt", "create_var", "create_home")
+    assert all(source[k] in ("EROFS", "EACCES") for k in folders), source
+    assert (source["foreign_processes"], source["core_limit"], source["cwd"]) == (0, [0, 0], "/run/edge-source")
+    ids = {running.run("id", "-u", name).strip() for name in ("edge-agent", "edge-worker", "root")}
+    assert str(source["uid"]) not in ids
+
+
+def test_network_source_never_runs_where_no_source_needs_the_network(running: Device) -> None:
+    running.run("systemctl", "stop", "edge-agent.service")
+    running.until(lambda: running.main_pid("edge-source.service") == 0, "edge-source stopped with the daemon", 60)
+    quiet = "import os, socket, time; s = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM); " \
+        "s.sendto(b'READY=1', os.environ['NOTIFY_SOCKET']); time.sleep(1000)"  # fmt: skip
+    replace_command(running, "edge-agent.service", f'{PYTHON} -I -c "{quiet}"')
+    running.run("systemctl", "start", "edge-agent.service")
+    running.until(lambda: running.property("edge-source.path", "ActiveState") == "active", "the path unit", 60)
+    assert running.main_pid("edge-source.service") == 0
 
 
 def test_state_stays_shut_by_each_layer_alone(running: Device) -> None:

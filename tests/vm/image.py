@@ -19,8 +19,11 @@ DISK_SIZE = "3G"
 # what a daemon, a publisher and one runtime need; the rest of the environment would triple the disk
 WITHOUT = ("openvino*", "mypy*", "*mypyc*", "onnx", "onnx-*", "pip*", "ruff*", "hypothesis*", "pytest*",
            "pygments*", "tensorflow*", "__pycache__")  # fmt: skip
-SOURCES = ("agent", "ota", "packaging", "models", "device-profiles", "tests/vm/inside.sh")
+SOURCES = ("agent", "ota", "packaging", "models", "device-profiles", "tests/vm/inside.sh", "tests/vm/camera.py",
+           "tests/agent/worker/workerdriver.py", "tests/workerpython.py")  # fmt: skip
 MODULES = ("kernel/fs/fat", "kernel/fs/nls")
+DRIVERS = ("vivid",)
+"""With every module that they need."""
 CONFIG = """
 workers = "unit"
 
@@ -95,6 +98,10 @@ def build(folder: Path, kernel: Kernel) -> Path:
             shutil.copy(ROOT / name, target)
     for name in MODULES:
         shutil.copytree(kernel.modules / name, root / "lib/modules" / kernel.version / name)
+    for name in _needed(kernel, DRIVERS):
+        target = root / "lib/modules" / kernel.version / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(kernel.modules / name, target)
     (root / "etc/edge-agent").mkdir()
     (root / "etc/edge-agent/agent.toml").write_text(CONFIG)
     _add_kmod(root)
@@ -106,6 +113,16 @@ def build(folder: Path, kernel: Kernel) -> Path:
     subprocess.run(["mke2fs", "-q", "-F", "-t", "ext4", "-d", str(root), str(disk), DISK_SIZE], check=True)
     shutil.rmtree(root)
     return disk
+
+
+def _needed(kernel: Kernel, drivers: tuple[str, ...]) -> list[str]:
+    """Paths of these drivers' modules, and of all that they load (modules.dep(5))."""
+    found: list[str] = []
+    for line in (kernel.modules / "modules.dep").read_text().splitlines():
+        path, _, needs = line.partition(":")
+        if Path(path).name.partition(".")[0] in drivers:
+            found += [path, *needs.split()]
+    return found
 
 
 def _add_kmod(root: Path) -> None:

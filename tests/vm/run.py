@@ -29,6 +29,10 @@ from tests.vm.machine import Machine, MachineError
 
 INSIDE = "sh /opt/source/tests/vm/inside.sh"
 AGENT = "/opt/edge-agent/bin/edge-agent"
+CAMERA = "/opt/source/tests/vm/camera.py"
+VIVID = "/sys/bus/platform/drivers/vivid"
+# as udev's rules do, which the tree has not
+GROUP = "chgrp video /dev/video0; chmod 660 /dev/video0"
 PROGRAMS = ("qemu-system-x86_64", "qemu-img", "mkfs.vfat", "mke2fs", "depmod", "mkinitramfs")
 SLOW_S = 2400.0
 DAY_S = 86400
@@ -74,6 +78,13 @@ class Device:
     def until_says(self, what: str, words: str) -> None:
         """Wait until the status says so."""
         seconds = self.machine.until(words, f"{AGENT} status | grep -q '{words}'", SLOW_S)
+        self.story.tell(what, seconds, words)
+
+    def until_logs(self, what: str, words: str, times: int) -> None:
+        """Wait until the camera's log has these words so often."""
+        seconds = self.machine.until(
+            words, f"test $(grep -c '{words}' /tmp/camera.log) -ge {times} || {{ systemctl status watch; false; }}", 600
+        )
         self.story.tell(what, seconds, words)
 
     def date(self) -> int:
@@ -169,9 +180,36 @@ def _served_from_stick(device: Device) -> None:
     device.do("the stick is pulled", "umount /media/stick")
 
 
+def camera_unplugged(device: Device) -> None:
+    """A V4L2 camera (the kernel's vivid) that is absent, forbidden, busy, unplugged while it streams, and back."""
+    probe = 'printf \'[[source]]\\nname = "cam"\\nkind = "camera"\\ndevice = "/dev/video0"\\n\' >/run/cam.toml'
+    device.do("a configuration with a camera is written", f"{probe}; chmod 644 /run/cam.toml")
+    check = f"{AGENT} config check --config /run/cam.toml"
+    device.do("config check without the camera", f"! {check}", "error: .*")
+    device.do("the camera is plugged in", f"modprobe vivid n_devs=1 node_types=0x1; {GROUP}; ls -l /dev/video0")
+    device.do("config check as a user without the group", f"! runuser -u nobody -- {check}", "error: .*")
+    device.do("config check as the worker's user", f"runuser -u edge-worker -- {check}", "source cam: .*")
+    watch = f"runuser -u edge-worker -- /opt/edge-agent/bin/python {CAMERA} /tmp/camera.log /dev/video0"
+    device.do("a source process reads it", f"systemd-run --quiet --unit=watch {watch}")
+    device.until_logs("frames come", '"state": "streaming"', 1)
+    device.do("config check while another has it", f"! runuser -u edge-worker -- {check}", "error: .*")
+    device.do("the camera is unplugged", f"echo vivid.0 >{VIVID}/unbind; ! ls /dev/video0 2>&1", "cannot access.*")
+    device.until_logs("that is noticed", '"state": "reconnecting", "reason": "source_missing"', 1)
+    device.do("the camera is plugged in again", f"sleep 3; echo vivid.0 >{VIVID}/bind; {GROUP}; ls -l /dev/video0")
+    device.until_logs("the first frame after that", '"reconnects": 1', 1)
+    device.do("what the source said", "cat /tmp/camera.log; systemctl stop watch", '"frame".*')
+    print(device.machine.run("cat /tmp/camera.log").out, flush=True)
+
+
 SCENARIOS: dict[str, Callable[[Device], None]] = {
     function.__name__.replace("_", "-"): function
-    for function in (off_for_400_days, clock_300_days_behind, by_stick_after_400_days, by_stick_with_a_clock_behind)
+    for function in (
+        off_for_400_days,
+        clock_300_days_behind,
+        by_stick_after_400_days,
+        by_stick_with_a_clock_behind,
+        camera_unplugged,
+    )
 }
 
 

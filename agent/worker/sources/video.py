@@ -11,7 +11,7 @@ import math
 import os
 import stat
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import cv2
 import numpy as np
@@ -39,6 +39,9 @@ class Video:
     Raises:
         SourceError: `source_unreadable` when OpenCV cannot decode a first frame of it.
     """
+
+    blocks: Literal[False] = False
+    detail = ""
 
     def __init__(self, path: str, *, loop: bool, pace: Pace) -> None:
         self._path = path
@@ -78,7 +81,7 @@ class Video:
         ok, frame = self._capture.read(slot)
         if not ok:
             return False
-        if frame.ctypes.data != slot.ctypes.data:  # OpenCV could not use the slot: another size
+        if frame is not slot and frame.ctypes.data != slot.ctypes.data:  # OpenCV could not use it: another size
             raise SourceError(
                 Reason.SOURCE_UNREADABLE,
                 f"{self._path} changes from {self.shape[1]}x{self.shape[0]}"
