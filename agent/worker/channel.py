@@ -19,6 +19,8 @@ from ota.errors import OtaError
 
 _PR_SET_PDEATHSIG = 1
 _PR_SET_DUMPABLE = 4
+_PR_SET_NAME = 15
+_PR_SET_CHILD_SUBREAPER = 36
 
 
 def confine(parent: int) -> None:
@@ -33,6 +35,16 @@ def confine(parent: int) -> None:
         libc.prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL), 0, 0, 0)
         if os.getppid() != parent:  # it went away before the kernel knew of our wish
             raise SystemExit(0)
+
+
+def be_called(name: str) -> None:
+    """Show `name`, at most 15 characters, where `ps` and `top` show the program's."""
+    ctypes.CDLL(None).prctl(_PR_SET_NAME, name.encode(), 0, 0, 0)
+
+
+def adopt_orphans() -> None:
+    """From now on processes that lose their parent below this one become its own children."""
+    ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
 
 
 class Channel:

@@ -22,13 +22,16 @@ import numpy as np
 from agent import memfd
 from agent.errors import AgentError, ModelError, Reason, exit_code
 from agent.worker import golden
+from agent.worker.delegates import FORMATS as DELEGATE_FORMATS
 from agent.worker.delegates import Delegate, DelegateLoader, Options
-from agent.worker.graph import Graph, parse_graph
+from agent.worker.graph import Graph, Preprocess, parse_graph
 from agent.worker.pipeline import Pipeline
 from agent.worker.preprocess import image_layout
 from agent.worker.tensor import TensorSpec
+from agent.worker.windowfile import encode_window
 
-FORMATS = {".tflite": "tflite", ".onnx": "onnx"}
+FORMATS = {".tflite": "tflite", ".onnx": "onnx", ".ovir": "ovir"}
+EXTRAS = {"tflite": "litert", "onnx": "onnx", "ovir": "openvino"}
 NOISE_VECTORS = 4
 NOISE_SEED = 20240426
 NOISE_SIZE = (480, 640)
@@ -72,7 +75,7 @@ def _answer(request: Mapping[str, Any], folder: Path, delegates: Mapping[str, De
         {
             name: {
                 "format": model.format,
-                "delegates": list(model.delegates),
+                "delegates": [*model.delegates, *_elsewhere(model.format, delegates, usable)],
                 "inputs": [spec.to_json() for spec in model.pipeline.inputs],
                 "outputs": [spec.to_json() for spec in model.pipeline.outputs],
             }
@@ -80,7 +83,7 @@ def _answer(request: Mapping[str, Any], folder: Path, delegates: Mapping[str, De
         },
     )
     if "images" in request:
-        vectors, tolerance = _record(loaded, [Path(path) for path in request["images"]])
+        vectors, tolerance = _record(loaded, graph, [Path(path) for path in request["images"]])
         (folder / "golden.npz").write_bytes(golden.dump_vectors(vectors))
         _write(folder / "tolerance.json", tolerance)
 
@@ -110,6 +113,13 @@ def _usable(delegates: Mapping[str, DelegateLoader]) -> list[Delegate]:
     return found
 
 
+def _elsewhere(format: str, delegates: Mapping[str, DelegateLoader], usable: Sequence[Delegate]) -> list[str]:
+    """Delegates of that format whose hardware or runtime is not here: none of them said no to the model, and a device
+    that has one proves it by the golden vectors before it serves."""
+    here = {delegate.name for delegate in usable}
+    return [name for name in delegates if name not in here and format in DELEGATE_FORMATS.get(name, ())]
+
+
 def _load(name: str, path: Path, outputs: Sequence[str], graph: Graph, usable: Sequence[Delegate]) -> _Loaded:
     """Load one component on every delegate that takes its format."""
     format = FORMATS.get(path.suffix)
@@ -126,7 +136,7 @@ def _load(name: str, path: Path, outputs: Sequence[str], graph: Graph, usable: S
         raise ModelError(
             Reason.RUNTIME_MISSING,
             f"no installed runtime reads {path.suffix}",
-            hint=f"pip install 'edge-runtime-agent[{'litert' if format == 'tflite' else 'onnx'}]'",
+            hint=f"pip install 'edge-runtime-agent[{EXTRAS[format]}]'",
         )
     fd = memfd.of_bytes(name, data)
     takers: list[Delegate] = []
@@ -165,9 +175,11 @@ def _in_order(names: Sequence[str], specs: Sequence[TensorSpec]) -> list[TensorS
     return [by_name[name] for name in names]
 
 
-def _record(loaded: Mapping[str, _Loaded], images: Sequence[Path]) -> tuple[list[golden.Vector], dict[str, Any]]:
+def _record(
+    loaded: Mapping[str, _Loaded], graph: Graph, images: Sequence[Path]
+) -> tuple[list[golden.Vector], dict[str, Any]]:
     """Run every component on every input; the vectors and the tolerance they may be compared with."""
-    inputs = _pictures(images) if images else _noise(next(iter(loaded.values())).pipeline)
+    inputs = _pictures(images) if images else _noise(next(iter(loaded.values())).pipeline, graph)
     answers = {name: [_answers(pipeline, inputs) for pipeline in model.pipelines] for name, model in loaded.items()}
     atol: dict[str, list[float]] = {}
     for name, model in loaded.items():
@@ -177,11 +189,12 @@ def _record(loaded: Mapping[str, _Loaded], images: Sequence[Path]) -> tuple[list
             differing = [outputs[j] for other in others for outputs in other]
             limit = golden.default_atol(spec, [outputs[j] for outputs in recorded], differing)
             atol[name].append(float(f"{limit:.6g}"))
+    units = {name: golden.units(model.pipeline, graph) for name, model in loaded.items()}
     vectors = [
         golden.Vector(
             vector.image,
             vector.tensors,
-            {name: tuple(map(golden.rounded, answers[name][0][i], atol[name])) for name in loaded},
+            {name: tuple(map(golden.rounded, answers[name][0][i], atol[name], units[name])) for name in loaded},
         )
         for i, vector in enumerate(inputs)
     ]
@@ -205,16 +218,22 @@ def _pictures(paths: Sequence[Path]) -> list[golden.Vector]:
     return vectors
 
 
-def _noise(pipeline: Pipeline) -> list[golden.Vector]:
-    """Seeded inputs: smooth coloured pictures for an image model, else numbers over each tensor's range."""
+def _noise(pipeline: Pipeline, graph: Graph) -> list[golden.Vector]:
+    """Seeded inputs: smooth coloured pictures for an image model, windows for a sensor's, else numbers over each
+    tensor's range."""
     rng = np.random.default_rng(NOISE_SEED)
     try:
-        image_layout(pipeline.inputs[0])
+        if isinstance(graph.preprocess, Preprocess):
+            image_layout(pipeline.inputs[pipeline.fed])
     except ModelError:
         return [
             golden.Vector(None, tuple(_noise_tensor(spec, rng) for spec in pipeline.inputs), {})
             for _ in range(NOISE_VECTORS)
         ]
+    blank = pipeline.blank()  # a declaration that does not fit is refused, not worked around
+    if blank.dtype != np.uint8:
+        noise = [rng.standard_normal(blank.shape) for _ in range(NOISE_VECTORS)]
+        return [golden.Vector(encode_window(window), (), {}) for window in noise]
     vectors = []
     for _ in range(NOISE_VECTORS):
         coarse = rng.integers(0, 256, (12, 16, 3), dtype=np.uint8)

@@ -10,8 +10,12 @@ Rules:
 5. A reader that is lost drops its lease; what is pending waits for the next reader. A line whose active reader is
    detached on request ends, and its pending frames with it. Without any line the source rests.
 6. A slot is free when it is neither pending on a line nor leased to a reader.
+7. A line may follow another: it is offered not what comes, but what a reader of the other gives back with something
+   found in it, together with that. One such frame may be pending: `live`, a newer one throws it out; `every`, the other
+   line waits for it, and around a switch of that the order may be another. A line that follows keeps no source awake.
 Invariants: every frame offered to a line is exactly once delivered or dropped, and delivered frames of a line go out in
-order; pending frames of all lines lie in the last `queue_frames` frames, so `slots_needed` slots always suffice.
+order; pending frames of lines that do not follow lie in the last `queue_frames` frames, so `slots_needed` slots always
+suffice.
 """
 
 from __future__ import annotations
@@ -31,18 +35,21 @@ STOPPED = "stopped"
 
 
 def slots_needed(queue_frames: int) -> int:
-    """Slots with which a frame being decoded always has one: pending, leased, and itself."""
-    return queue_frames + MAX_READERS + 1
+    """Slots with which a frame being decoded always has one: pending, leased, pending on lines that follow, itself."""
+    return queue_frames + 2 * MAX_READERS + 1
 
 
 @dataclass(frozen=True)
 class Notify:
-    """Tell `reader` of a frame; it now holds `slot`."""
+    """Tell `reader` of a frame; it now holds `slot`. `found` is what the line it follows found in it; a `followed`
+    reader shall say what it found when it gives the slot back."""
 
     reader: int
     seq: int
     t_ns: int
     slot: int
+    found: bytes = b""
+    followed: bool = False
 
 
 @dataclass(frozen=True)
@@ -78,19 +85,24 @@ class _Frame:
     seq: int
     t_ns: int
     slot: int
+    found: bytes = b""
 
 
 @dataclass
 class _Reader:
     line: str
+    after: str
     asked: bool = False
     lease: _Frame | None = None
+    followed: bool = False
     ending: bool = False
 
 
 @dataclass
 class _Line:
+    after: str = ""
     active: int | None = None
+    newest: int = -1
     pending: deque[_Frame] = field(default_factory=deque)
 
 
@@ -122,19 +134,27 @@ class Dispatch:
         """Whether every frame was delivered and returned, or dropped."""
         return not any(self._uses)
 
+    @property
+    def at_rest(self) -> bool:
+        """Whether nothing can be done for a reader before the next frame: none is pending, and nobody is to leave."""
+        pending = any(line.pending or line.after for line in self._lines.values())
+        return self.started and not pending and not any(reader.ending for reader in self._readers.values())
+
     def free_slot(self) -> int | None:
         """Where the next frame may be decoded to; None when the source has to wait: nobody listens, or `every`.
 
         The lowest free slot is the one used last: its pages exist and are in the cache.
         """
-        if not self._lines:
+        if all(line.after for line in self._lines.values()):
             return None
-        if not self._live and any(len(line.pending) >= self._queue_frames for line in self._lines.values()):
+        full = (not line.after and len(line.pending) >= self._queue_frames for line in self._lines.values())
+        if not self._live and any(full):
             return None
         return next((slot for slot, uses in enumerate(self._uses) if not uses), None)
 
-    def attach(self, reader: int, line: str, active: bool) -> list[Effect]:
-        """A new reader. An active one takes over the line as by `switch`.
+    def attach(self, reader: int, line: str, active: bool, after: str = "") -> list[Effect]:
+        """A new reader, of a line that follows `after` where that is given. An active one takes over the line as by
+        `switch`.
 
         Raises:
             AgentError: `bad_message` for a number in use, or one reader too many.
@@ -143,36 +163,43 @@ class Dispatch:
             raise AgentError(Reason.BAD_MESSAGE, f"reader {reader} is attached already")
         if len(self._readers) >= MAX_READERS:
             raise AgentError(Reason.BAD_MESSAGE, f"a source serves at most {MAX_READERS} readers")
-        self._readers[reader] = _Reader(line)
+        self._readers[reader] = _Reader(line, after)
         if not active:
             return []
-        state = self._lines.setdefault(line, _Line())
+        state = self._lines.setdefault(line, _Line(self._readers[reader].after))
         if state.active is not None:
             return self.switch(line, reader)
         state.active = reader
         return []
 
-    def credit(self, reader: int, slot: int | None) -> list[Effect]:
-        """A reader asks for a frame, and gives `slot` back (None: its first request).
+    def credit(self, reader: int, slot: int | None, found: bytes = b"") -> list[Effect]:
+        """A reader asks for a frame, and gives `slot` back (None: its first request) with what it `found` there.
 
         Raises:
-            AgentError: `bad_message` when it does not hold that slot, or asks twice; the caller loses the reader then.
+            AgentError: `bad_message` when it does not hold that slot, asks twice, or says what it found when nobody
+                wanted to know; the caller loses the reader then.
         """
         state = self._readers[reader]
         held = None if state.lease is None else state.lease.slot
         if held != slot or state.asked:
             raise AgentError(Reason.BAD_MESSAGE, f"reader {reader} returns slot {slot} but holds {held}")
+        if found and not state.followed:
+            raise AgentError(Reason.BAD_MESSAGE, f"reader {reader} says more than it was asked")
+        effects: list[Effect] = []
         if state.lease is not None:
+            if found:
+                effects += self._pass_on(state.line, state.lease, found)
             self._release(state.lease)
-            state.lease = None
+            state.lease, state.followed = None, False
         if state.ending:
-            return [Ended(reader)]
+            return [*effects, Ended(reader)]
         state.asked = True
         line = self._lines.get(state.line)
         if line is None or line.active != reader:
-            return []
-        self.started = True
-        return self._pump(line)
+            return effects
+        if not line.after:
+            self.started = True
+        return effects + self._pump(line) + self._pump_before(line)
 
     def offer(self, slot: int, t_ns: int) -> list[Effect]:
         """The next frame lies in `slot`, which `free_slot` named."""
@@ -180,6 +207,8 @@ class Dispatch:
         self._next_seq += 1
         effects: list[Effect] = []
         for name, line in self._lines.items():
+            if line.after:
+                continue
             if len(line.pending) >= self._queue_frames:
                 effects += self._flush(name, line, BACKLOG if line.active is not None else NO_READER)
             self._uses[slot] += 1
@@ -196,7 +225,7 @@ class Dispatch:
         new = self._readers.get(reader)
         if new is None or new.line != line or new.ending:
             raise AgentError(Reason.BAD_MESSAGE, f"reader {reader} is not attached to line {line[:40]!r}")
-        state = self._lines.setdefault(line, _Line())
+        state = self._lines.setdefault(line, _Line(self._readers[reader].after))
         old = state.active
         state.active = reader
         first_seq = state.pending[0].seq if state.pending else self._next_seq
@@ -205,9 +234,9 @@ class Dispatch:
             self._readers[old].ending = True
             if self._readers[old].lease is None:
                 effects.append(Ended(old))
-        if new.asked:
+        if new.asked and not state.after:
             self.started = True
-        return effects + self._pump(state)
+        return effects + self._pump(state) + self._pump_before(state)
 
     def lost(self, reader: int) -> list[Effect]:
         """A reader's socket ended: what it held is dropped, what is pending waits for the next one."""
@@ -227,6 +256,7 @@ class Dispatch:
         if line is not None and ends_line:
             effects += self._flush(name, line, NO_READER)
             del self._lines[name]
+            effects += self._pump_before(line)
         return effects
 
     def stop(self) -> list[Effect]:
@@ -264,12 +294,37 @@ class Dispatch:
         if line.active is None or not line.pending:
             return []
         reader = self._readers[line.active]
-        if not reader.asked:
+        followers = self._following(reader.line)
+        if not reader.asked or (not self._live and any(follower.pending for _, follower in followers)):
             return []
         frame = line.pending.popleft()
         reader.asked = False
         reader.lease = frame  # the use moves from the queue to the lease
-        return [Notify(line.active, frame.seq, frame.t_ns, frame.slot)]
+        reader.followed = bool(followers)
+        return [Notify(line.active, frame.seq, frame.t_ns, frame.slot, frame.found, reader.followed)]
+
+    def _pump_before(self, line: _Line) -> list[Effect]:
+        """Go on with the line that `line` follows: it may have waited for it."""
+        return self._pump(self._lines[line.after]) if line.after in self._lines else []
+
+    def _following(self, name: str) -> list[tuple[str, _Line]]:
+        return [(follower, line) for follower, line in self._lines.items() if line.after == name]
+
+    def _pass_on(self, name: str, frame: _Frame, found: bytes) -> list[Effect]:
+        """Offer a frame that a reader of line `name` gives back to the lines that follow."""
+        effects: list[Effect] = []
+        for follower, line in self._following(name):
+            if self._live and frame.seq < line.newest:
+                # two workers of the other line had frames at once, and the one that was put out of charge was slower
+                effects.append(Drop(follower, (frame.seq,), BACKLOG))
+                continue
+            line.newest = frame.seq
+            if self._live:
+                effects += self._flush(follower, line, BACKLOG if line.active is not None else NO_READER)
+            self._uses[frame.slot] += 1
+            line.pending.append(_Frame(frame.seq, frame.t_ns, frame.slot, found))
+            effects += self._pump(line)
+        return effects
 
     def _release(self, frame: _Frame) -> None:
         self._uses[frame.slot] -= 1

@@ -12,6 +12,7 @@ from __future__ import annotations
 import io
 import math
 import re
+import tokenize
 import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -21,10 +22,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from agent.errors import ModelError, Reason
-from agent.worker.graph import Classification, Graph
-from agent.worker.images import decode_image
+from agent.worker.graph import Classification, Graph, Yolo
 from agent.worker.pipeline import Pipeline
+from agent.worker.postprocess.yolo import units as yolo_units
 from agent.worker.tensor import Array, TensorSpec
+from agent.worker.windowfile import decode_frame
 
 MAX_GOLDEN_BYTES = 64 << 20
 MAX_VECTORS = 256
@@ -37,6 +39,11 @@ ATOL_VALUE_SHARE = 0.002
 ATOL_SPREAD_FACTOR = 1.5
 ATOL_MOST_RANGE_SHARE = 0.1
 _ENCRYPTED = 1  # flag bit of a zip member
+# NumPy evaluates the header of a member as Python's literals, with what that may raise
+_UNREADABLE = (
+    *(zipfile.BadZipFile, ValueError, EOFError, NotImplementedError, SyntaxError, TypeError, LookupError),
+    *(RecursionError, MemoryError, tokenize.TokenError),
+)
 _IMAGE = re.compile(r"image_(\d{1,3})")
 _TENSOR = re.compile(r"tensor_(\d{1,3})_(\d{1,2})")
 _EXPECTED = re.compile(r"(.{1,64})/(\d{1,3})/(\d{1,2})")
@@ -71,7 +78,7 @@ def load_vectors(data: bytes) -> list[Vector]:
     try:
         with zipfile.ZipFile(io.BytesIO(data)) as archive:
             arrays = {info.filename.removesuffix(".npy"): _read(archive, info) for info in archive.infolist()}
-    except (zipfile.BadZipFile, ValueError, EOFError, NotImplementedError, SyntaxError) as e:
+    except _UNREADABLE as e:
         raise _bad(f"the golden file cannot be read: {e}") from e
     images: dict[int, bytes] = {}
     tensors: dict[int, dict[int, Array]] = {}
@@ -155,26 +162,34 @@ def default_atol(spec: TensorSpec, outputs: Sequence[Array], others: Sequence[Ar
     return max(least, min(ATOL_SPREAD_FACTOR * spread, ATOL_MOST_RANGE_SHARE * span))
 
 
-def rounded(output: Array, atol: float) -> Array:
-    """`output`, floats rounded to a power of two near an eighth of its tolerance.
+def units(pipeline: Pipeline, graph: Graph) -> list[Array]:
+    """What each output's real values are multiplied by before they are compared: a tensor may hold pixels beside
+    scores, and what is nothing in the one is everything in the other."""
+    if isinstance(graph.postprocess, Yolo):
+        return [yolo_units(graph.postprocess, pipeline.outputs[0], pipeline.inputs[pipeline.fed :])]
+    return [np.ones((), np.float32)] * len(pipeline.outputs)
+
+
+def rounded(output: Array, atol: float, unit: Array | float = 1.0) -> Array:
+    """`output`, floats rounded to a power of two near an eighth of its tolerance, in units as `units` gives them.
 
     What is kept is compared with `atol`, so finer digits would be noise that no compression and no delta can shrink;
     at most a sixteenth of the tolerance is spent. Integers are kept as they are.
     """
     if not np.issubdtype(output.dtype, np.floating):
         return output
-    step = 2.0 ** math.floor(math.log2(atol / 8))
+    step = 2.0 ** math.floor(math.log2(atol / 8)) / unit
     return (np.round(output / step) * step).astype(output.dtype)
 
 
-def outputs_of(pipeline: Pipeline, vector: Vector) -> list[Array]:
+def outputs_of(pipeline: Pipeline, vector: Vector) -> Sequence[Array]:
     """What the pipeline answers to a vector's input; valid until the next run.
 
     Raises:
         ModelError: `golden_mismatch` or `image_unreadable` when the input is not one for this model.
     """
     if vector.image is not None:
-        return pipeline.outputs_of_image(decode_image(vector.image))
+        return pipeline.outputs_of_image(decode_frame(vector.image))
     fits = [(t.dtype.name, t.shape) for t in vector.tensors] == [(s.dtype, s.shape) for s in pipeline.inputs]
     if not fits:
         raise _bad("a golden vector does not fit the model's inputs")
@@ -194,15 +209,18 @@ def check(pipeline: Pipeline, graph: Graph, component: str, vectors: Sequence[Ve
     if len(atol) != len(pipeline.outputs):
         raise _bad(f"{component[:48]} has {len(pipeline.outputs)} outputs and {len(atol)} tolerances in the release")
     worst = 0.0
+    weights = units(pipeline, graph)
     for i, vector in enumerate(vectors):
         expected = vector.expected.get(component, ())
         if len(expected) != len(pipeline.outputs):
             raise _bad(f"golden vector {i} holds nothing for {component}")
         actual = outputs_of(pipeline, vector)
-        for spec, limit, want, got in zip(pipeline.outputs, atol, expected, actual, strict=True):
+        for spec, limit, unit, want, got in zip(pipeline.outputs, atol, weights, expected, actual, strict=True):
             if want.shape != got.shape:
                 raise _bad(f"golden vector {i}: {spec.name[:60]} has shape {list(got.shape)}, not {list(want.shape)}")
-            error = float(np.abs(spec.real(got) - spec.real(want)).max(initial=0.0))
+            if not np.isfinite(got).all() and np.isfinite(want).all():
+                raise ModelError(Reason.OUTPUT_NOT_FINITE, f"golden vector {i}: {spec.name[:60]} holds NaN or infinity")
+            error = float((np.abs(spec.real(got) - spec.real(want)) * unit).max(initial=0.0))
             if not error <= limit:  # also true for NaN
                 raise _bad(f"golden vector {i}: {spec.name[:60]} is off by {error:.4g}, tolerance {limit:.4g}")
             worst = max(worst, error / limit if limit else 0.0)
@@ -220,6 +238,8 @@ def _check_winner(i: int, spec: TensorSpec, want: Array, got: Array, declared: C
 
 def _scores(spec: TensorSpec, values: Array, declared: Classification) -> NDArray[np.float32]:
     scores = spec.real(values).reshape(-1)
+    if declared.sigmoid:
+        return np.asarray(0.5 + 0.5 * np.tanh(scores / 2), np.float32)
     if not declared.softmax:
         return scores
     powers = np.exp(scores - scores.max())

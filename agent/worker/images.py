@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 MAX_IMAGE_BYTES = 32 << 20
 
 
-def decode_image(data: bytes) -> Frame:
+def decode_image(data: bytes | memoryview) -> Frame:
     """A PNG, JPEG … as uint8 [height, width, 3] BGR. OpenCV bounds the pixels (`OPENCV_IO_MAX_IMAGE_PIXELS`).
 
     Raises:

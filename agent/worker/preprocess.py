@@ -9,7 +9,7 @@ tensor's pixel edges onto the source's.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -19,14 +19,14 @@ from numpy.typing import NDArray
 
 from agent.errors import ModelError, Reason
 from agent.worker.graph import Preprocess
-from agent.worker.tensor import Array, TensorSpec, require_scale
+from agent.worker.tensor import DTYPES, Array, TensorSpec, require_scale
 
 if TYPE_CHECKING:
     from agent.worker.sources import Frame
 
-LETTERBOX_GREY = 114
-_INTERPOLATION = {"nearest": cv2.INTER_NEAREST, "linear": cv2.INTER_LINEAR, "area": cv2.INTER_AREA}
-_INTEGERS = {"int8": (-128, 127), "uint8": (0, 255)}
+# INTER_NEAREST takes the pixel at the corner of the source's area, _EXACT the one in its middle, as its inverse does
+_INTERPOLATION = {"nearest": cv2.INTER_NEAREST_EXACT, "linear": cv2.INTER_LINEAR, "area": cv2.INTER_AREA}
+_INTEGERS = {"int8": (-128, 127), "uint8": (0, 255), "int16": (-32768, 32767)}
 _FLOATS = ("float32", "float16")
 
 _Step = Callable[["Frame"], "Frame"]
@@ -45,20 +45,30 @@ class Layout:
 
 @dataclass(frozen=True, slots=True)
 class Inverse:
-    """From the tensor's pixels to the source's: x * scale_x + shift_x, clipped to the source."""
+    """From the tensor's pixels to the source's: x * scale_x + shift_x, clipped to the part that was looked at.
+
+    Coordinates are of edges: the first pixel reaches from 0 to 1, its middle is at 0.5, on either side.
+    """
 
     scale_x: float
     scale_y: float
     shift_x: float
     shift_y: float
-    width: int
-    height: int
+    right: int
+    bottom: int
+    left: int = 0
+    top: int = 0
 
     def boxes(self, boxes: NDArray[np.float64]) -> NDArray[np.float64]:
         """Map [n, 4] boxes (x0, y0, x1, y1)."""
-        mapped = boxes * (self.scale_x, self.scale_y, self.scale_x, self.scale_y)
-        mapped += (self.shift_x, self.shift_y, self.shift_x, self.shift_y)
-        return np.clip(mapped, 0, (self.width, self.height, self.width, self.height))
+        return self.points(boxes.reshape(-1, 2)).reshape(-1, 4)
+
+    def points(self, points: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Map [n, 2] points (x, y)."""
+        mapped = points * (self.scale_x, self.scale_y)
+        mapped += (self.shift_x, self.shift_y)
+        np.maximum(mapped, (self.left, self.top), out=mapped)
+        return np.minimum(mapped, (self.right, self.bottom), out=mapped)
 
 
 def image_layout(spec: TensorSpec) -> Layout:
@@ -98,8 +108,10 @@ class Plan:
         _check(spec)
         declared = _for_channels(declared, layout)
         self.tensor = tensor
-        resize, self.inverse = _resize(declared, layout, height, width)
-        self._steps: list[_Step] = [] if resize is None else [resize]
+        self._declared, self._layout, self._size = declared, layout, (height, width)
+        self._canvas = np.full((layout.height, layout.width, 3), declared.pad, np.uint8)
+        self.aim((0, 0, width, height))
+        self._steps: list[_Step] = []
         planes_color = layout.planar and layout.channels == 3 and declared.color != "gray"
         if not planes_color:
             self._steps += _color(declared.color, layout)
@@ -110,9 +122,17 @@ class Plan:
         else:
             self._write = _float_writer(tensor, layout, declared, reverse)
 
+    def aim(self, region: tuple[int, int, int, int]) -> None:
+        """Look at the pixels x0, y0, x1, y1 of the frames alone from now on, or rather at the declared part of them."""
+        if self._declared.resize == "letterbox":
+            self._canvas[:] = self._declared.pad  # another region has other bars
+        within = _region(self._declared, region)
+        self._resize, inverse = _resize(self._declared, self._layout, self._canvas, self._size, within)
+        self.inverse: Inverse | None = inverse
+
     def run(self, frame: Frame) -> None:
         """Fill the tensor from a frame."""
-        image = frame
+        image = frame if self._resize is None else self._resize(frame)
         for step in self._steps:
             image = step(image)
         self._write(image)
@@ -123,7 +143,7 @@ def _check(spec: TensorSpec) -> None:
         raise ModelError(
             Reason.MODEL_SHAPE,
             f"input {spec.name[:60]!r} is {spec.dtype}, which takes no image",
-            hint="an image input is int8, uint8, float16 or float32",
+            hint="an image input is int8, uint8, int16, float16 or float32",
         )
     require_scale(spec)
 
@@ -144,10 +164,10 @@ def _for_channels(declared: Preprocess, layout: Layout) -> Preprocess:
     return replace(declared, color=color, mean=numbers["mean"], std=numbers["std"])
 
 
-def quantization_table(declared: Preprocess, spec: TensorSpec, channels: int) -> NDArray[np.uint8]:
-    """The tensor's byte for each pixel value: uint8 [256, n], n = 1 when all channels agree, else `channels`.
+def quantization_table(declared: Preprocess, spec: TensorSpec, channels: int) -> NDArray[Any]:
+    """The tensor's number for each pixel value: [256, n] of its dtype, n = 1 when all channels agree, else `channels`.
 
-    Without a scale the value itself is rounded. The bytes of int8 are its two's complement.
+    Without a scale the value itself is rounded.
     """
     count = channels if max(len(declared.mean), len(declared.std)) > 1 else 1
     mean = np.broadcast_to(np.asarray(declared.mean, np.float64), (count,))
@@ -155,38 +175,69 @@ def quantization_table(declared: Preprocess, spec: TensorSpec, channels: int) ->
     values = (np.arange(256, dtype=np.float64)[:, None] - mean) / std
     steps = values if spec.scale is None else values / spec.scale + (spec.zero_point or 0)
     low, high = _INTEGERS[spec.dtype]
-    table = np.clip(np.rint(steps), low, high).astype(np.int16).astype(np.uint8)
+    table = np.clip(np.rint(steps), low, high).astype(DTYPES[spec.dtype])
     return table[:, :1] if (table == table[:, :1]).all() else table
 
 
-def _resize(declared: Preprocess, layout: Layout, height: int, width: int) -> tuple[_Step | None, Inverse]:
-    """The geometric step (None when sizes agree already) and its inverse."""
+def fill_constant(spec: TensorSpec, tensor: Array, values: Sequence[float]) -> None:
+    """Write an input that every frame has alike: one number for all elements, or one for each, in real values.
+
+    Raises:
+        ModelError: `model_shape` when the numbers are not as many as the elements, or beyond what the tensor holds.
+    """
+    if len(values) not in (1, tensor.size):
+        raise ModelError(
+            Reason.MODEL_SHAPE,
+            f"input {spec.name[:60]!r} of shape {list(spec.shape)} takes {tensor.size} numbers, not {len(values)}",
+            hint="correct constants in [preprocess]",
+        )
+    numbers = np.asarray(values, np.float64)
+    if spec.scale is not None:
+        numbers = numbers / spec.scale + (spec.zero_point or 0)
+    if tensor.dtype.kind in "iu":
+        limits = np.iinfo(tensor.dtype)
+        numbers = np.rint(numbers)
+        if numbers.min() < limits.min or numbers.max() > limits.max:
+            raise ModelError(
+                Reason.MODEL_SHAPE,
+                f"input {spec.name[:60]!r} is {spec.dtype}, which does not hold its constants",
+                hint="correct constants in [preprocess]",
+            )
+    tensor[...] = numbers.astype(tensor.dtype).reshape(tensor.shape if len(values) > 1 else ())
+
+
+def _resize(
+    declared: Preprocess, layout: Layout, canvas: Frame, size: tuple[int, int], region: tuple[int, int, int, int]
+) -> tuple[_Step | None, Inverse]:
+    """The geometric step from frames of `size` to the canvas (None when sizes agree already), and its inverse."""
     to_h, to_w = layout.height, layout.width
-    flag = _INTERPOLATION[declared.interpolation]
-    canvas = np.full((to_h, to_w, 3), LETTERBOX_GREY, np.uint8)
+    x0, y0, x1, y1 = region
+    clip = (x1, y1, x0, y0)
+    from_w, from_h = x1 - x0, y1 - y0
     if declared.resize == "letterbox":
-        ratio = min(to_w / width, to_h / height)
-        in_w, in_h = max(1, round(width * ratio)), max(1, round(height * ratio))
-        left, top = (to_w - in_w) // 2, (to_h - in_h) // 2
+        ratio = min(to_w / from_w, to_h / from_h)
+        in_w, in_h = max(1, round(from_w * ratio)), max(1, round(from_h * ratio))
+        centred = declared.align == "center"
+        left, top = ((to_w - in_w) // 2, (to_h - in_h) // 2) if centred else (0, 0)
+        flag = _flag(declared, (from_h, from_w), (in_h, in_w))
         inside = canvas[top : top + in_h, left : left + in_w]
 
         def letterbox(frame: Frame) -> Frame:
-            cv2.resize(frame, (in_w, in_h), dst=inside, interpolation=flag)
+            cv2.resize(frame[y0:y1, x0:x1], (in_w, in_h), dst=inside, interpolation=flag)
             return canvas
 
-        return letterbox, Inverse(
-            width / in_w, height / in_h, -left * width / in_w, -top * height / in_h, width, height
-        )
-    x0 = y0 = 0
-    from_w, from_h = width, height
+        scale_x, scale_y = from_w / in_w, from_h / in_h
+        return letterbox, Inverse(scale_x, scale_y, x0 - left * scale_x, y0 - top * scale_y, *clip)
     if declared.resize == "crop":
-        ratio = min(width / to_w, height / to_h)
-        from_w, from_h = min(width, max(1, round(to_w * ratio))), min(height, max(1, round(to_h * ratio)))
-        x0, y0 = (width - from_w) // 2, (height - from_h) // 2
-    inverse = Inverse(from_w / to_w, from_h / to_h, x0, y0, width, height)
-    whole = (from_w, from_h) == (width, height)
+        ratio = min(from_w / to_w, from_h / to_h)
+        used_w, used_h = (min(n, max(1, round(to * ratio))) for n, to in ((from_w, to_w), (from_h, to_h)))
+        x0, y0 = x0 + (from_w - used_w) // 2, y0 + (from_h - used_h) // 2
+        from_w, from_h = used_w, used_h
+    inverse = Inverse(from_w / to_w, from_h / to_h, x0, y0, *clip)
+    whole = (from_h, from_w) == size
     if (from_w, from_h) == (to_w, to_h):
         return (None if whole else lambda frame: frame[y0 : y0 + from_h, x0 : x0 + from_w]), inverse
+    flag = _flag(declared, (from_h, from_w), (to_h, to_w))
 
     def scale(frame: Frame) -> Frame:
         part = frame if whole else frame[y0 : y0 + from_h, x0 : x0 + from_w]
@@ -194,6 +245,20 @@ def _resize(declared: Preprocess, layout: Layout, height: int, width: int) -> tu
         return canvas
 
     return scale, inverse
+
+
+def _flag(declared: Preprocess, source: tuple[int, int], target: tuple[int, int]) -> int:
+    """OpenCV's number of the interpolation. Its INTER_AREA misplaces pixels unless both sides shrink."""
+    grows = target[0] > source[0] or target[1] > source[1]
+    return _INTERPOLATION["linear" if grows and declared.interpolation == "area" else declared.interpolation]
+
+
+def _region(declared: Preprocess, region: tuple[int, int, int, int]) -> tuple[int, int, int, int]:
+    """The pixels x0, y0, x1, y1 of the declared part of a region, at least one each way."""
+    left, top, width, height = region[0], region[1], region[2] - region[0], region[3] - region[1]
+    x0, y0 = min(int(declared.roi[0] * width), width - 1), min(int(declared.roi[1] * height), height - 1)
+    x1, y1 = max(x0 + 1, round(declared.roi[2] * width)), max(y0 + 1, round(declared.roi[3] * height))
+    return left + x0, top + y0, left + x1, top + y1
 
 
 def _color(color: str, layout: Layout) -> list[_Step]:
@@ -218,13 +283,16 @@ def _converter(code: int, shape: tuple[int, ...]) -> _Step:
     return convert
 
 
-def _integer_writer(tensor: Array, layout: Layout, table: NDArray[np.uint8], reverse: bool) -> _Writer:
-    raw = tensor.view(np.uint8)
-    pixels = np.arange(256, dtype=np.uint8)[:, None]
-    identity = bool(table.shape[1] == 1 and (table == pixels).all())
-    flips = bool(table.shape[1] == 1 and (table == pixels ^ 0x80).all())
+def _integer_writer(tensor: Array, layout: Layout, table: NDArray[Any], reverse: bool) -> _Writer:
+    small = tensor.itemsize == 1
+    numbers = table.view(np.uint8)[:, 0] if small and table.shape[1] == 1 else None
+    pixels = np.arange(256, dtype=np.uint8)
+    identity = numbers is not None and bool((numbers == pixels).all())
+    flips = numbers is not None and bool((numbers == pixels ^ 0x80).all())
+    if small:  # OpenCV's and NumPy's calls on bytes serve both signs
+        tensor, table = tensor.view(np.uint8), table.view(np.uint8)
     if not layout.planar:
-        target = raw.reshape((layout.height, layout.width, layout.channels)[: 2 if layout.channels == 1 else 3])
+        target = tensor.reshape((layout.height, layout.width, layout.channels)[: 2 if layout.channels == 1 else 3])
         if identity:
             return lambda image: np.copyto(target, image)
         if flips:
@@ -232,17 +300,18 @@ def _integer_writer(tensor: Array, layout: Layout, table: NDArray[np.uint8], rev
         lut = np.ascontiguousarray(table[:, 0] if table.shape[1] == 1 else table[None])
         return lambda image: void(cv2.LUT(image, lut, dst=target))
 
-    planes = [raw.reshape(layout.channels, layout.height, layout.width)[c] for c in range(layout.channels)]
-    split = _splitter(planes, reverse)
+    planes = list(tensor.reshape(layout.channels, layout.height, layout.width))
+    looked_up = planes if small else [np.empty((layout.height, layout.width), np.uint8) for _ in planes]
+    split = _splitter(looked_up, reverse)
     tables = [np.ascontiguousarray(table[:, c % table.shape[1]]) for c in range(layout.channels)]
 
     def write(image: Frame) -> None:
         split(image)
         if flips:
-            np.bitwise_xor(raw, 0x80, out=raw)
+            np.bitwise_xor(tensor, 0x80, out=tensor)
         elif not identity:
-            for plane, lut in zip(planes, tables, strict=True):
-                cv2.LUT(plane, lut, dst=plane)
+            for plane, lut, target in zip(looked_up, tables, planes, strict=True):
+                cv2.LUT(plane, lut, dst=target)
 
     return write
 

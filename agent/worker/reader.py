@@ -6,6 +6,7 @@ Invariant: the reader touches a slot only between the notice that lent it and th
 from __future__ import annotations
 
 import socket
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -23,12 +24,15 @@ BLANK_GREY = 114
 
 @dataclass(frozen=True, slots=True)
 class Lent:
-    """A frame this reader may read until it gives `slot` back. `t_ns` is CLOCK_MONOTONIC."""
+    """A frame this reader may read until it gives `slot` back. `t_ns` is CLOCK_MONOTONIC; `found` what the line before
+    found in it; `followed` whether another line waits for what is found here."""
 
     seq: int
     t_ns: int
     slot: int
     frame: Frame
+    found: bytes = b""
+    followed: bool = False
 
 
 class RingReader:
@@ -38,14 +42,21 @@ class RingReader:
         message: geometry of the ring.
         ring_fd: the ring; stays the caller's.
         notices_fd: the notice socket; becomes the reader's once this returns.
+        join: makes that socket of it.
 
     Raises:
         AgentError: `bad_message` when the ring is not what the message says.
     """
 
-    def __init__(self, message: protocol.AttachRing, ring_fd: int, notices_fd: int) -> None:
+    def __init__(
+        self,
+        message: protocol.AttachRing,
+        ring_fd: int,
+        notices_fd: int,
+        join: Callable[[int], socket.socket] = lambda fd: socket.socket(fileno=fd),
+    ) -> None:
         self._frames = ring.map_ring(ring_fd, message.slots, message.slot_bytes, message.dtype, message.shape)
-        self._sock = socket.socket(fileno=notices_fd)
+        self._sock = join(notices_fd)
         self._sock.setblocking(True)
         self.answered = 0
         self.last_seq = -1
@@ -66,26 +77,30 @@ class RingReader:
     def receive(self) -> Lent | None:
         """The frame of the next notice; None at the end, and for anything that is no notice of this ring."""
         try:
-            data = self._sock.recv(protocol.NOTICE.size + 1)
+            data = self._sock.recv(protocol.NOTICE.size + protocol.MAX_FOUND_BYTES + 1)
         except OSError:
             return None
-        if len(data) != protocol.NOTICE.size:
+        if not protocol.NOTICE.size <= len(data) <= protocol.NOTICE.size + protocol.MAX_FOUND_BYTES:
             return None
-        seq, t_ns, slot, _ = protocol.NOTICE.unpack(data)
-        return Lent(seq, t_ns, slot, self._frames[slot]) if slot < len(self._frames) else None
+        seq, t_ns, slot, flags = protocol.NOTICE.unpack_from(data)
+        if slot >= len(self._frames):
+            return None
+        found = data[protocol.NOTICE.size :]
+        return Lent(seq, t_ns, slot, self._frames[slot], found, bool(flags & protocol.FOLLOWED))
 
-    def give_back(self, lent: Lent) -> bool:
-        """Return a frame that was answered, and ask for the next; False when the source is gone."""
+    def give_back(self, lent: Lent, found: bytes = b"") -> bool:
+        """Return a frame that was answered, with what was `found` in it for a line that follows, and ask for the next;
+        False when the source is gone."""
         self.answered += 1
         self.last_seq = lent.seq
-        return self._credit(lent.slot)
+        return self._credit(lent.slot, found)
 
     def close(self) -> None:
         """End the connection to the source."""
         self._sock.close()
 
-    def _credit(self, slot: int) -> bool:
+    def _credit(self, slot: int, found: bytes = b"") -> bool:
         try:
-            return self._sock.send(protocol.CREDIT.pack(slot)) == protocol.CREDIT.size
+            return self._sock.send(protocol.CREDIT.pack(slot) + found) == protocol.CREDIT.size + len(found)
         except OSError:
             return False

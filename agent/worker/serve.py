@@ -9,63 +9,82 @@ from __future__ import annotations
 
 import os
 import select
+import socket
 import time
 from collections.abc import Callable, Mapping
 
 import cv2
-import numpy as np
 
 from agent import protocol
 from agent.errors import AgentError, ModelError, Reason
-from agent.worker import channel, golden
+from agent.worker import channel, follow, golden
 from agent.worker.delegates import DelegateLoader, parse_options
+from agent.worker.delegates.probe import probing
+from agent.worker.footprint import rss_bytes
 from agent.worker.graph import Graph, parse_graph
-from agent.worker.images import MAX_IMAGE_BYTES, decode_image
+from agent.worker.images import MAX_IMAGE_BYTES
+from agent.worker.measurement import Measurement, Timed
 from agent.worker.pipeline import Answer, Pipeline
-from agent.worker.reader import BLANK_GREY, RingReader
+from agent.worker.reader import RingReader
 from agent.worker.tensor import parse_specs
+from agent.worker.watch import Watch
+from agent.worker.windowfile import decode_frame
 
 MAX_THREADS = 64
 MAX_RUNS = 10_000
-BLANK_SIZE = (480, 640)
 
 
 def run(link: channel.Channel, delegates: Mapping[str, DelegateLoader]) -> int:
     """Serve the daemon until it ends this worker; the exit status."""
     cv2.setNumThreads(1)
-    worker = _ModelWorker(link, delegates)
+    worker = ModelWorker(link, delegates)
     while worker.turn():
         pass
     return worker.status
 
 
-def rss_bytes() -> int:
-    """Resident memory of this process."""
-    with open("/proc/self/statm", encoding="ascii") as file:
-        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+class ModelWorker:
+    """One model, and the ring it reads once one is attached. `status` is the exit status it ends with.
 
+    Args:
+        join: makes the notice socket of the descriptor that comes for it.
+    """
 
-class _ModelWorker:
-    def __init__(self, link: channel.Channel, delegates: Mapping[str, DelegateLoader]) -> None:
+    def __init__(
+        self,
+        link: channel.Channel,
+        delegates: Mapping[str, DelegateLoader],
+        join: Callable[[int], socket.socket] = lambda fd: socket.socket(fileno=fd),
+    ) -> None:
         self._link = link
+        self._join = join
         self._delegates = delegates
         self._pipeline: Pipeline | None = None
         self._graph: Graph | None = None
         self._reader: RingReader | None = None
         self._sample: bytes | None = None
+        self._atol: tuple[float, ...] = ()
+        self._measurement: Measurement | None = None
+        self._wish: protocol.SetRules | None = None
+        self._watch: Watch | None = None
+        self._crops: follow.Crops | None = None
         self.status = 0
 
     def turn(self) -> bool:
         """Wait for a message or a frame and act on it; False when the worker shall end."""
-        waiting = [self._link.fileno()] if self._reader is None else [self._link.fileno(), self._reader.fileno()]
-        ready, _, _ = select.select(waiting, [], [])
+        ready, _, _ = select.select([self._link.fileno(), *self.frames_from()], [], [])
         if self._link.fileno() in ready:
-            return self._link.serve_one(self._obey)
-        return self._serve_frame()
+            return self._link.serve_one(self.obey)
+        return self.serve_frame()
+
+    def frames_from(self) -> tuple[int, ...]:
+        """The descriptor that is ready when a frame is there; none before a ring is attached."""
+        return () if self._reader is None else (self._reader.fileno(),)
 
     # --- frames ------------------------------------------------------------------------------------------------------
 
-    def _serve_frame(self) -> bool:
+    def serve_frame(self) -> bool:
+        """Take a frame that is there, answer it and give it back; False when the worker shall end."""
         reader, pipeline = self._reader, self._pipeline
         if reader is None or pipeline is None:
             return True
@@ -73,15 +92,25 @@ class _ModelWorker:
         if lent is None:
             self._finish(reader)
             return True
+        if self._watch is not None and self._watch.holds_back(lent):
+            if not reader.give_back(lent):
+                self._finish(reader)
+            return True
         started = time.monotonic_ns()
         try:
-            answer = pipeline.run(lent.frame)
+            if self._crops is None:
+                answer = pipeline.run(lent.frame)
+            else:
+                answer = follow.answer(pipeline, self._crops, lent.frame, follow.read(lent.found))
         except AgentError as e:
             self._link.fault(e)
             self.status = 1
             return False
-        self._link.send(_result(lent.seq, lent.t_ns, started, answer))
-        if not reader.give_back(lent):
+        result = _result(lent.seq, lent.t_ns, started, answer)
+        self._link.send(result)
+        if self._watch is not None:
+            self._watch.answered(lent, result.items)
+        if not reader.give_back(lent, follow.written(result.items) if lent.followed else b""):
             self._finish(reader)
         return True
 
@@ -92,7 +121,8 @@ class _ModelWorker:
 
     # --- requests ----------------------------------------------------------------------------------------------------
 
-    def _obey(self, packet: protocol.Packet) -> bool:
+    def obey(self, packet: protocol.Packet) -> bool:
+        """Do what the daemon asks; False when the worker shall end."""
         message = packet.message
         if isinstance(message, protocol.LoadModel):
             self._load(message, packet)
@@ -106,6 +136,12 @@ class _ModelWorker:
             self._measure(message, self._pipeline)
         elif isinstance(message, protocol.RunImage):
             self._run_image(packet, self._pipeline)
+        elif isinstance(message, protocol.SetCrops):
+            self._crops = follow.parse_crops(message.crops)
+        elif isinstance(message, protocol.SetRules):
+            self._wish = message
+        elif isinstance(message, protocol.ExportCompiled):
+            self._export(self._pipeline)
         elif isinstance(message, protocol.AttachRing):
             self._attach(message, packet, self._pipeline)
         else:
@@ -115,7 +151,7 @@ class _ModelWorker:
     def _load(self, message: protocol.LoadModel, packet: protocol.Packet) -> None:
         if self._pipeline is not None:
             raise AgentError(Reason.BAD_MESSAGE, "a model worker loads one model")
-        (fd,) = packet.take(1)
+        fds = packet.take(2 if len(packet.fds) == 2 else 1)
         try:
             started = time.perf_counter_ns()
             if not 1 <= message.threads <= MAX_THREADS:
@@ -129,20 +165,26 @@ class _ModelWorker:
                 )
             graph = parse_graph(message.graph)
             inputs, outputs = parse_specs(message.inputs, "an input"), parse_specs(message.outputs, "an output")
-            delegate = load()
+            channel.adopt_orphans()  # what a library starts and detaches is still its doing
+            with probing(message.delegate[:40]):
+                delegate = load()
             if message.format not in delegate.formats:
                 raise ModelError(
                     Reason.UNKNOWN_FORMAT,
                     f"{delegate.name} does not run {message.format[:20]!r}",
                     hint=f"it runs {', '.join(sorted(delegate.formats))}",
                 )
-            session = delegate.load(fd, message.format, parse_options(message.threads, message.options))
+            with probing(delegate.name):
+                options = parse_options(message.threads, message.options, *fds[1:])
+                session = delegate.load(fds[0], message.format, options)
             pipeline = Pipeline(session, graph, inputs, outputs)
             if graph.task != "raw":
-                pipeline.plan(*BLANK_SIZE)  # a declaration that does not fit must fail now, not on the first frame
+                pipeline.blank()  # a declaration that does not fit must fail now, not on the first frame
         finally:
-            os.close(fd)
+            for fd in fds:
+                os.close(fd)
         self._pipeline, self._graph = pipeline, graph
+        kept = session.compiled
         self._link.send(
             protocol.ModelLoaded(
                 session.actual,
@@ -150,8 +192,8 @@ class _ModelWorker:
                 round((time.perf_counter_ns() - started) / 1e6, 3),
                 rss_bytes(),
                 delegate.runtime,
-                "",
-                "",
+                delegate.driver,
+                "" if kept is None else "imported" if kept.imported else "fresh",
                 [spec.to_json() for spec in pipeline.inputs],
                 [spec.to_json() for spec in pipeline.outputs],
             )
@@ -162,39 +204,48 @@ class _ModelWorker:
     ) -> None:
         (fd,) = packet.take(1)
         vectors = golden.load_vectors(_read_all(fd, golden.MAX_GOLDEN_BYTES))
-        worst = golden.check(pipeline, graph, message.component, vectors, golden.parse_tolerance(message.tolerance))
+        tolerance = golden.parse_tolerance(message.tolerance)
+        worst = golden.check(pipeline, graph, message.component, vectors, tolerance)
+        self._atol = tolerance.atol[message.component]
         self._sample = vectors[0].image
         self._link.send(protocol.GoldenPassed(len(vectors), round(worst, 4)))
 
     def _measure(self, message: protocol.Measure, pipeline: Pipeline) -> None:
         if not (0 <= message.warmups <= MAX_RUNS and 0 <= message.runs <= MAX_RUNS):
             raise AgentError(Reason.BAD_MESSAGE, f"{message.warmups} warm-ups and {message.runs} runs")
-        once = self._whole_run(pipeline)
-        for _ in range(message.warmups):
-            once()
-        runs_ns, cpu_ns = [], []
-        for _ in range(message.runs):
-            computed, started = time.process_time_ns(), time.perf_counter_ns()
-            once()
-            runs_ns.append(time.perf_counter_ns() - started)
-            cpu_ns.append(time.process_time_ns() - computed)
-        self._link.send(protocol.Measured(runs_ns, cpu_ns, rss_bytes()))
+        if self._measurement is None and message.runs:
+            once = self._whole_run(pipeline)
+            self._measurement = Measurement(once, lambda: pipeline.last, pipeline.outputs, self._atol)
+        timed = self._measurement if message.runs else None  # no runs: only whether it answers
+        found = timed.runs(message.warmups, message.runs) if timed is not None else Timed([], [], [], 0)
+        self._link.send(
+            protocol.Measured(found.runs_ns, found.cpu_ns, found.waited_ns, rss_bytes(), found.least_rss_bytes)
+        )
 
     def _whole_run(self, pipeline: Pipeline) -> Callable[[], object]:
-        """What one frame costs: on a golden picture, a blank one, or without a picture for a model that takes none."""
+        """What one frame costs: on a golden picture, a blank one, or without one for a model that takes none."""
         try:
-            pipeline.plan(*BLANK_SIZE)
+            blank = pipeline.blank()
         except ModelError:
-            return pipeline.session.run
-        frame = _blank(*BLANK_SIZE) if self._sample is None else decode_image(self._sample)
+            return pipeline.infer
+        frame = blank if self._sample is None else decode_frame(self._sample)
         return lambda: pipeline.run(frame)
 
     def _run_image(self, packet: protocol.Packet, pipeline: Pipeline) -> None:
         (fd,) = packet.take(1)
         arrived = time.monotonic_ns()
-        frame = decode_image(_read_all(fd, MAX_IMAGE_BYTES))
+        frame = decode_frame(_read_all(fd, MAX_IMAGE_BYTES))
         started = time.monotonic_ns()
         self._link.send(_result(0, arrived, started, pipeline.run(frame)))
+
+    def _export(self, pipeline: Pipeline) -> None:
+        if pipeline.session.compiled is None:
+            raise ModelError(Reason.MODEL_UNLOADABLE, "this runtime makes nothing of a model that could be kept")
+        fd = pipeline.session.compiled.export()
+        try:
+            self._link.send(protocol.Exported(os.fstat(fd).st_size), (fd,))
+        finally:
+            os.close(fd)
 
     def _attach(self, message: protocol.AttachRing, packet: protocol.Packet, pipeline: Pipeline) -> None:
         if self._reader is not None:
@@ -202,30 +253,28 @@ class _ModelWorker:
         started = time.perf_counter_ns()
         ring_fd, notices_fd = packet.take(2)
         try:
-            reader = RingReader(message, ring_fd, notices_fd)
-            pipeline.run(reader.blank())
+            reader = RingReader(message, ring_fd, notices_fd, self._join)
         except AgentError:
             os.close(notices_fd)
             raise
         finally:
             os.close(ring_fd)
+        try:
+            pipeline.run(reader.blank())
+            self._watch = None if self._wish is None else Watch(self._link, self._wish, message.shape)
+        except AgentError:
+            reader.close()
+            raise
         self._reader = reader
         self._link.send(protocol.RingAttached(round((time.perf_counter_ns() - started) / 1e6, 3)))
         if not reader.ask():
             self._finish(reader)
 
 
-def _blank(height: int, width: int) -> np.ndarray[tuple[int, ...], np.dtype[np.uint8]]:
-    if not (0 < height <= 1 << 14 and 0 < width <= 1 << 14):
-        raise AgentError(Reason.BAD_MESSAGE, f"frames of {width}x{height}")
-    return np.full((height, width, 3), BLANK_GREY, np.uint8)
-
-
 def _result(seq: int, t_frame_ns: int, started_ns: int, answer: Answer) -> protocol.Result:
     stages = (started_ns - t_frame_ns, answer.preprocess_ns, answer.inference_ns, answer.postprocess_ns)
-    return protocol.Result(
-        seq, t_frame_ns, time.monotonic_ns(), [max(0, stage) // 1000 for stage in stages], answer.items
-    )
+    items = [item.to_json() for item in answer.items]
+    return protocol.Result(seq, t_frame_ns, time.monotonic_ns(), [max(0, stage) // 1000 for stage in stages], items)
 
 
 def _read_all(fd: int, limit: int) -> bytes:

@@ -38,6 +38,7 @@ class _Model:
     path: Path
     data: bytes
     facts: ModelFacts
+    precision: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +82,7 @@ def build_release(
         chosen = _counter(earlier, counter)
         bases = [r for r in earlier if r.release_counter < chosen][::-1][: repository.settings.delta_releases]
         sealer = _Sealer(repository, spec, bases)
-        sealed = [sealer.seal(model.name, model.facts.format, model.data, model.facts) for model in models]
+        sealed = [sealer.seal(m.name, m.facts.format, m.data, m.facts, m.precision) for m in models]
         sealed_golden = sealer.seal(GOLDEN_NAME, "golden", recording.golden, ModelFacts("golden", (), (), ()))
         release = _compose(repository, spec, chosen, sealed, sealed_golden, recording)
         _store(repository, release, [*sealed, sealed_golden], [*(m.data for m in models), recording.golden])
@@ -128,7 +129,7 @@ def _models(spec: Spec, recorder: Recorder | None, given: Sequence[ModelFacts] |
                 f"component {component.file.name}: the name {name!r} is taken or not allowed",
                 hint="give each [[component]] a name of its own: name = …",
             )
-        models.append(_Model(name, component.file, data, facts))
+        models.append(_Model(name, component.file, data, facts, component.precision))
     return models
 
 
@@ -142,10 +143,10 @@ def _describe(recorder: Recorder | None, spec: Spec, component: SpecComponent) -
     facts = recorder.describe(component.file, component.outputs)
     if not facts.inputs or not facts.outputs:
         raise PublishError(Reason.BAD_SPEC, f"model {component.file.name} has no input or no output")
-    labels, task = spec.graph["labels"], spec.graph["task"]
+    labels, kind = spec.graph["labels"], spec.graph["postprocess"]["kind"]
     shape = facts.outputs[0].get("shape") or [0]
     # NHWC: the classes are the last axis of a heat map and of a classifier's scores alike
-    if task != "raw" and spec.graph["postprocess"]["kind"] != "raw" and shape[-1] != len(labels):
+    if kind in ("classification", "centernet") and shape[-1] != len(labels):
         raise PublishError(
             Reason.BAD_SPEC,
             f"model {component.file.name} answers {shape[-1]} classes, the spec has {len(labels)} labels",
@@ -209,7 +210,7 @@ class _Sealer:
         self._bases = bases
         self._vault = Vault(repository)
 
-    def seal(self, name: str, kind: str, plain: bytes, facts: ModelFacts) -> _Sealed:
+    def seal(self, name: str, kind: str, plain: bytes, facts: ModelFacts, precision: tuple[str, ...] = ()) -> _Sealed:
         """One component with its full payload and the deltas that are worth their bytes."""
         cek, cek_id = payload.new_key(), secrets.token_hex(16)
         sha256 = hashlib.sha256(plain).hexdigest()
@@ -241,9 +242,8 @@ class _Sealer:
             if described.length < full[0].length:
                 found.append(Delta(base, described))
                 ciphertexts.append(sealed)
-        component = Component(
-            name, kind, sha256, len(plain), full[0], tuple(found), facts.delegates, facts.inputs, facts.outputs
-        )
+        travels = (name, kind, sha256, len(plain), full[0], tuple(found))
+        component = Component(*travels, facts.delegates, facts.inputs, facts.outputs, precision)
         return _Sealed(component, cek, tuple(ciphertexts))
 
     def _base_hashes(self, name: str, kind: str, own: str) -> list[str]:
@@ -279,6 +279,8 @@ def _compose(
         "licence": spec.licence,
         "metrics": dict(spec.metrics),
     }
+    if spec.order:
+        document["order"] = {profile: list(names) for profile, names in spec.order.items()}
     data = strictjson.canonical(document)
     if len(data) > release_format.MAX_RELEASE_BYTES:
         raise PublishError(

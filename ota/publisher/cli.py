@@ -19,6 +19,7 @@ from ota import __version__
 from ota.errors import OtaError, PublishError, Reason, exit_code
 from ota.publisher import (
     build,
+    captureverbs,
     deviceverbs,
     director,
     enroll,
@@ -35,6 +36,7 @@ from ota.publisher.certificates import DEFAULT_BROKER_NAMES, SERVICE_NAME
 from ota.publisher.configure import add_configure_verb
 from ota.publisher.create import create
 from ota.publisher.garbage import add_garbage_verb
+from ota.publisher.ovir import add_pack_verb
 from ota.publisher.publish import Published
 from ota.publisher.recorder import Recorder
 from ota.publisher.reports import Add, Report, Surroundings, Verb, device_data, release_data, release_lines
@@ -306,6 +308,8 @@ def _parser() -> argparse.ArgumentParser:
     deviceverbs.add_device_verbs(add)
     add_configure_verb(add)
     keyverbs.add_key_verbs(add)
+    captureverbs.add_capture_verbs(add)
+    add_pack_verb(verbs)
     return parser
 
 

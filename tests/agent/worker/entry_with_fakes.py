@@ -19,6 +19,7 @@ class FakeSession:
     inputs = (TensorSpec("x", "float32", (1, 4, 4, 3)),)
     outputs = (TensorSpec("y", "float32", (1, 2)),)
     coverage = 1.0
+    compiled = None
 
     def __init__(self, actual: str) -> None:
         self.actual = actual
@@ -36,6 +37,7 @@ class FakeDelegate:
 
     name = "fake:cpu"
     runtime = "fake 1.0"
+    driver = ""
     formats = frozenset({"tflite"})
 
     def load(self, fd, format, options):

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from workerdriver import ROOT
 
+from agent.profile import DELEGATES
 from agent.worker import golden
 
 GRAY = {
@@ -41,6 +42,13 @@ def test_facts_name_format_delegates_and_tensors_in_the_order_asked_for(tmp_path
     assert facts["int8.tflite"]["format"] == "tflite"
     assert facts["int8.tflite"]["delegates"][:2] == ["litert:xnnpack", "litert:cpu"]
     assert facts["int8.onnx"]["delegates"][0] == "onnx:cpu"
+    # what is not here said no to nothing: a device that has it may try
+    assert {"litert:edgetpu", "litert:vx", "openvino:npu"} <= set(facts["int8.tflite"]["delegates"])
+    assert {"onnx:tensorrt", "onnx:qnn", "openvino:gpu"} <= set(facts["int8.onnx"]["delegates"])
+    for name, model_format in (("int8.tflite", "tflite"), ("int8.onnx", "onnx")):
+        found = facts[name]["delegates"]
+        assert len(set(found)) == len(found)
+        assert all(model_format in DELEGATES[delegate] for delegate in found)
     (tensor,) = facts["int8.tflite"]["inputs"]
     assert (tensor["dtype"], tensor["shape"], tensor["zero_point"]) == ("int8", [1, 8, 8, 1], -128)
     assert facts["int8.onnx"]["outputs"] == [

@@ -172,8 +172,78 @@ def test_one_reader_too_many_is_refused():
         dispatch.attach(MAX_READERS, "more", active=True)
 
 
+def followed(policy: str = "live") -> Dispatch:
+    """Line "a" with reader 1, line "c" on it with reader 2, both asking."""
+    dispatch = Dispatch(policy, 4)
+    dispatch.attach(1, "a", active=True)
+    dispatch.attach(2, "c", active=True, after="a")
+    dispatch.credit(2, None)
+    assert not dispatch.started, "a line that follows keeps no source awake"
+    dispatch.credit(1, None)
+    return dispatch
+
+
+def test_a_line_that_follows_gets_what_the_other_gives_back_with_something_found():
+    dispatch = followed()
+    assert offer(dispatch, 7) == [Notify(1, 0, 7, 0, followed=True)]
+    assert dispatch.credit(1, 0, b"boxes") == [Notify(2, 0, 7, 0, b"boxes")]
+    assert dispatch.free_slot() == 1, "the frame is still read"
+    assert dispatch.credit(2, 0) == []
+    assert dispatch.free_slot() == 0
+
+
+def test_a_frame_in_which_nothing_was_found_does_not_reach_the_line_that_follows():
+    dispatch = followed()
+    offer(dispatch)
+    assert dispatch.credit(1, 0) == []
+    assert dispatch.idle
+
+
+def test_a_reader_that_says_what_nobody_asked_breaks_the_rules():
+    dispatch = serving()
+    offer(dispatch)
+    with pytest.raises(AgentError) as caught:
+        dispatch.credit(1, 0, b"boxes")
+    assert caught.value.reason is Reason.BAD_MESSAGE
+
+
+def test_a_busy_follower_gets_the_newest_and_the_other_line_never_waits_for_it():
+    dispatch = followed()
+    dropped = []
+    for seq in range(4):
+        (notice,) = offer(dispatch)
+        assert notice.seq == seq, "the line before goes on"
+        dropped += [e for e in dispatch.credit(1, notice.slot, b"boxes") if isinstance(e, Drop)]
+    assert dropped == [Drop("c", (1,), "backlog"), Drop("c", (2,), "backlog")]
+    assert dispatch.credit(2, 0) == [Notify(2, 3, 0, 1, b"boxes")]
+
+
+def test_with_every_frame_the_line_before_waits_for_its_follower_and_nothing_is_lost():
+    dispatch = followed("every")
+    offer(dispatch)
+    dispatch.credit(1, 0, b"boxes")
+    offer(dispatch)
+    dispatch.credit(1, 1, b"boxes")  # the follower still holds the first, so this one waits
+    assert offer(dispatch) == []
+    assert dispatch.credit(2, 0) == [Notify(2, 1, 0, 1, b"boxes"), Notify(1, 2, 0, 2, followed=True)]
+
+
+def test_a_follower_that_dies_or_leaves_does_not_stop_the_line_before():
+    for policy in ("live", "every"):
+        dispatch = followed(policy)
+        offer(dispatch)
+        dispatch.credit(1, 0, b"boxes")
+        assert dispatch.lost(2) == [Drop("c", (0,), "worker_lost")]
+        (notice,) = offer(dispatch)
+        dispatch.credit(1, notice.slot, b"boxes")
+        dispatch.attach(3, "c", active=True, after="a")
+        assert [e.seq for e in dispatch.credit(3, None) if isinstance(e, Notify) and e.reader == 3] == [1]
+        dispatch.detach(3, "stopped")
+        assert [e.reader for e in offer(dispatch)] == [1]
+
+
 class Histories(RuleBasedStateMachine):
-    """Random histories of frames, readers, switches, deaths and detachments over two lines.
+    """Random histories of frames, readers, switches, deaths and detachments over two lines, and one that follows "a".
 
     The model keeps what each line was offered and what became of it; the dispatch may never disagree.
     """
@@ -228,34 +298,37 @@ class Histories(RuleBasedStateMachine):
         self.start(policy, queue_frames)
 
     @precondition(lambda self: self.started and len(self.readers) < MAX_READERS)
-    @rule(line=st.sampled_from(["a", "b"]), active=st.booleans())
+    @rule(line=st.sampled_from(["a", "b", "c"]), active=st.booleans())
     def attach(self, line, active):
         reader, self.next_reader = self.next_reader, self.next_reader + 1
         self.readers[reader] = line
         if active:
             self.lines.add(line)
-        self.absorb(self.dispatch.attach(reader, line, active))
+        self.absorb(self.dispatch.attach(reader, line, active, "a" if line == "c" else ""))
 
     @precondition(lambda self: self.started and self.readers)
-    @rule(pick=st.integers(0, 20))
-    def credit(self, pick):
+    @rule(pick=st.integers(0, 20), found=st.booleans())
+    def credit(self, pick, found):
         reader = sorted(self.readers)[pick % len(self.readers)]
         if reader in self.asked or reader in self.ended:
             return
-        slot = self.held.pop(reader)[1] if reader in self.held else None
+        seq, slot = self.held.pop(reader) if reader in self.held else (-1, None)
+        found = found and self.dispatch._readers[reader].followed
         self.asked.add(reader)
-        self.absorb(self.dispatch.credit(reader, slot))
+        if found and slot is not None and self.readers[reader] == "a" and "c" in self.lines:
+            self.offered.setdefault("c", []).append(seq)
+        self.absorb(self.dispatch.credit(reader, slot, b"boxes" if found and slot is not None else b""))
 
     @precondition(lambda self: self.started)
     @rule()
     def frame(self):
         slot = self.dispatch.free_slot()
         if slot is None:
-            assert self.policy == "every" or not self.lines
+            assert self.policy == "every" or not self.lines - {"c"}
             return
         assert slot not in [held[1] for held in self.held.values()], "a slot that is read must not be written"
         seq = self.dispatch.next_seq
-        for line in self.lines:
+        for line in self.lines - {"c"}:
             self.offered.setdefault(line, []).append(seq)
         self.absorb(self.dispatch.offer(slot, seq))
 
@@ -291,13 +364,15 @@ class Histories(RuleBasedStateMachine):
         for line, seqs in self.offered.items():
             fates = [self.fate[line, seq] for seq in seqs]
             assert all(fate <= 1 for fate in fates)
-            assert fates.count(0) <= self.queue_frames
-        for seqs in self.delivered.values():
-            assert seqs == sorted(set(seqs)), "frames of a line go out in order, each once"
+            assert fates.count(0) <= (self.queue_frames if line != "c" else 1 if self.policy == "live" else MAX_READERS)
+        for line, seqs in self.delivered.items():
+            assert len(seqs) == len(set(seqs))
+            if line != "c" or self.policy == "live":
+                assert seqs == sorted(seqs), "frames of a line go out in order, each once"
 
     @invariant()
     def a_slot_can_always_be_had_while_the_policy_is_live(self):
-        if self.started and self.policy == "live" and self.lines:
+        if self.started and self.policy == "live" and self.lines - {"c"}:
             assert self.dispatch.free_slot() is not None
 
     def teardown(self):

@@ -72,11 +72,17 @@ def test_the_worst_error_comes_back_as_a_share_of_its_tolerance():
     assert check(Echo(0.025), vector(0.1, 0.8, 0.1)) == pytest.approx(0.25, rel=1e-5)
 
 
-@pytest.mark.parametrize("error", [0.11, -0.11, np.nan, np.inf])
-def test_an_error_beyond_the_tolerance_is_a_mismatch(error):
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (0.11, Reason.GOLDEN_MISMATCH), (-0.11, Reason.GOLDEN_MISMATCH),
+        (np.nan, Reason.OUTPUT_NOT_FINITE), (np.inf, Reason.OUTPUT_NOT_FINITE),
+    ],
+)  # fmt: skip
+def test_an_error_beyond_the_tolerance_is_a_mismatch_and_no_number_at_all_is_told_apart(error, reason):
     with pytest.raises(ModelError) as caught:
         check(Echo(error), vector(0.1, 0.8, 0.1))
-    assert caught.value.reason is Reason.GOLDEN_MISMATCH
+    assert caught.value.reason is reason
     assert "vector 0" in caught.value.message
 
 
@@ -130,6 +136,11 @@ def header_only(shape: tuple[int, ...]) -> bytes:
     return out.getvalue()
 
 
+def headed(header: str) -> bytes:
+    text = header.encode() + b"\n"
+    return b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little") + text + bytes(1)
+
+
 BOMB = npy(np.zeros(1 << 20, np.uint8))
 
 
@@ -144,6 +155,10 @@ BOMB = npy(np.zeros(1 << 20, np.uint8))
         archive({"image_0.npy": header_only((1 << 60,))}),
         archive({"image_0.npy": npy(np.zeros(9, np.uint8))[:-4]}),
         archive({"image_0.npy": b"\x93NUMPY\x01\x00"}),
+        archive({"image_0.npy": headed("(")}),
+        archive({"image_0.npy": headed("-" * 9000 + "1")}),
+        archive({"image_0.npy": headed("{'descr': (), 'fortran_order': False, 'shape': (1,), }")}),
+        archive({"image_0.npy": headed("{'descr': '|u1', 'fortran_order': False, 'shape': (True,), }")}),
         archive({"../../etc/passwd": npy(np.zeros(3, np.uint8))}),
         archive({"tensor_0_1.npy": npy(np.zeros(3, np.float32))}),
         golden.dump_vectors([vector(1, 2, 3)])[:-30],
@@ -215,3 +230,36 @@ def test_recorded_floats_are_rounded_well_inside_their_tolerance_and_integers_ar
     assert np.array_equal(kept.astype(np.float16).astype(np.float32), kept)
     integers = np.arange(-128, 128, dtype=np.int8)
     assert golden.rounded(integers, 3.0) is integers
+
+
+def test_a_score_among_pixels_is_compared_as_a_score(tmp_path):
+    """A YOLO tensor holds both: a tolerance made for 640 pixels would let every score pass."""
+    graph = parse_graph({"task": "detection", "labels": ["a"], "postprocess": {"kind": "yolov8"}})
+    spec = TensorSpec("y", "float32", (1, 5, 8))
+
+    class Detector:
+        inputs = (TensorSpec("x", "float32", (1, 640, 640, 3)),)
+        outputs = (spec,)
+        tensors = (inputs[0].empty(),)
+        actual, coverage = "fake", 1.0
+        answer = np.full(spec.shape, 300.0, np.float32)
+
+        def run(self):
+            return (self.answer.copy(),)
+
+    session = Detector()
+    session.answer[0, 4] = 0.875
+    pipeline = Pipeline(session, graph, (), ())
+    atol = golden.default_atol(spec, [session.answer])
+    (unit,) = golden.units(pipeline, graph)
+    kept = golden.rounded(session.answer, atol, unit)
+    assert np.abs(kept[0, 4] - 0.875).max() < 0.01, "the score is not rounded away"
+    vector = golden.Vector(None, (session.tensors[0],), {"m": (kept,)})
+    tolerance = golden.Tolerance({"m": (atol,)}, 0.1)
+    golden.check(pipeline, graph, "m", [vector], tolerance)
+    session.answer[0, :4] += 2.0
+    golden.check(pipeline, graph, "m", [vector], tolerance)
+    session.answer[0, 4] = 0.7
+    with pytest.raises(ModelError) as caught:
+        golden.check(pipeline, graph, "m", [vector], tolerance)
+    assert caught.value.reason is Reason.GOLDEN_MISMATCH

@@ -23,8 +23,8 @@ def test_a_label_comes_out_as_it_went_in(label: str) -> None:
     graph = parse_graph({"task": "classification", "labels": [label, "other"]})
     scores = TensorSpec("scores", "float32", (1, 2))
     answer = compile_postprocess(graph, (scores,))([np.asarray([[0.9, 0.1]], np.float32)], Inverse(1, 1, 0, 0, 8, 8))
-    assert answer[0]["label"] == label
-    assert json.loads(json.dumps(answer))[0]["label"] == label
+    assert answer[0].to_json()["label"] == label
+    assert json.loads(json.dumps(answer[0].to_json()))["label"] == label
 
 
 @pytest.mark.fault("F76")

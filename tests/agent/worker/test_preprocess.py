@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 
 from agent.errors import ModelError, Reason
 from agent.worker.graph import Preprocess
-from agent.worker.preprocess import LETTERBOX_GREY, Plan, image_layout, quantization_table
+from agent.worker.preprocess import Plan, image_layout, quantization_table
 from agent.worker.tensor import TensorSpec
 
-FLAGS = {"nearest": cv2.INTER_NEAREST, "linear": cv2.INTER_LINEAR, "area": cv2.INTER_AREA}
+FLAGS = {"nearest": cv2.INTER_NEAREST_EXACT, "linear": cv2.INTER_LINEAR, "area": cv2.INTER_AREA}
 
 
 def spec_of(dtype: str, *, planar: bool, channels: int, size=(24, 32), scale=None, zero=None) -> TensorSpec:
@@ -32,7 +32,7 @@ def reference(declared: Preprocess, spec: TensorSpec, frame: np.ndarray) -> np.n
     if declared.resize == "letterbox":
         ratio = min(layout.width / width, layout.height / height)
         size = (max(1, round(width * ratio)), max(1, round(height * ratio)))
-        image = np.full((layout.height, layout.width, 3), LETTERBOX_GREY, np.uint8)
+        image = np.full((layout.height, layout.width, 3), declared.pad, np.uint8)
         left, top = (layout.width - size[0]) // 2, (layout.height - size[1]) // 2
         image[top : top + size[1], left : left + size[0]] = cv2.resize(frame, size, interpolation=flag)
     elif declared.resize == "crop":
@@ -47,7 +47,7 @@ def reference(declared: Preprocess, spec: TensorSpec, frame: np.ndarray) -> np.n
     elif declared.color == "rgb":
         image = image[:, :, ::-1]
     values = (image.astype(np.float64) - np.asarray(declared.mean)) / np.asarray(declared.std)
-    if spec.dtype in ("int8", "uint8"):
+    if spec.dtype in ("int8", "uint8", "int16"):
         steps = values if spec.scale is None else values / spec.scale + spec.zero_point
         limits = np.iinfo(spec.dtype)
         values = np.clip(np.rint(steps), limits.min, limits.max)
@@ -76,6 +76,8 @@ QUANTIZED = {
     "flipped sign": ("int8", 1 / 255, -128, (0.0,), (255.0,)),
     "table": ("int8", 0.0078, -1, (127.0,), (127.5,)),
     "table per channel": ("int8", 0.02, 3, (123.7, 116.3, 103.5), (58.4, 57.1, 57.4)),
+    "sixteen bits": ("int16", 1 / 32768, 0, (0.0,), (255.0,)),
+    "sixteen bits per channel": ("int16", 0.001, 0, (123.7, 116.3, 103.5), (58.4, 57.1, 57.4)),
     "unquantized": ("uint8", None, None, (0.0,), (2.0,)),
 }
 
@@ -87,7 +89,7 @@ QUANTIZED = {
         for combination in itertools.product(
             QUANTIZED, ("stretch", "letterbox", "crop"), ("rgb", "bgr", "gray"), (False, True), (1, 3)
         )
-        if combination[4] == 3 or (combination[2] == "gray" and combination[0] != "table per channel")
+        if combination[4] == 3 or (combination[2] == "gray" and "per channel" not in combination[0])
     ],
 )
 def test_integer_tensors_are_exactly_what_the_declaration_says(frame, name, resize, color, planar, channels):
@@ -174,7 +176,7 @@ def test_one_table_serves_all_channels_when_they_agree():
     spec = spec_of("int8", planar=False, channels=3, scale=1 / 255, zero=-128)
     table = quantization_table(Preprocess(mean=(0.0,), std=(255.0,)), spec, 3)
     assert table.shape == (256, 1)
-    assert (table[:, 0] == np.arange(256, dtype=np.uint8) ^ 0x80).all()
+    assert (table[:, 0].view(np.uint8) == np.arange(256, dtype=np.uint8) ^ 0x80).all()
 
 
 @pytest.mark.parametrize("shape", [(1, 640), (1, 96, 96), (1, 96, 96, 5), (2, 96, 96, 3), (1, 8, 8, 3, 1)])
@@ -202,6 +204,14 @@ def test_an_input_of_one_channel_gets_grey_whatever_order_is_declared(frame):
     spec = spec_of("uint8", planar=False, channels=1)
     grey = run(Preprocess(color="gray"), spec, frame)[0]
     np.testing.assert_array_equal(run(Preprocess(color="rgb", mean=(0.0,) * 3), spec, frame)[0], grey)
+
+
+@pytest.mark.parametrize(("align", "top"), [("center", 2), ("top_left", 0)])
+def test_bars_have_the_declared_grey_and_lie_where_it_says(frame, align, top):
+    spec = spec_of("uint8", planar=False, channels=3, size=(28, 32))
+    tensor, _ = run(Preprocess("letterbox", "linear", "bgr", pad=7, align=align), spec, frame)
+    rows = (tensor[0] == 7).all(axis=(1, 2))
+    assert np.flatnonzero(~rows).tolist() == list(range(top, top + 24))
 
 
 def test_an_int8_input_without_a_scale_is_refused_instead_of_guessed():

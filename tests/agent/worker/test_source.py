@@ -8,50 +8,11 @@ import time
 
 import numpy as np
 import pytest
-from workerdriver import Camera, Daemon, frame_number, make_clip
+from workerdriver import Camera, Daemon, Reader, frame_number, make_clip
 
 from agent import protocol
 from agent.errors import ConfigError, Reason, SourceError
-from agent.worker import ring
 from agent.worker.sources.video import open_video
-
-QUICK_S = 5.0
-
-
-class Reader:
-    """A reader played by the test: takes notices, looks at frames, returns leases."""
-
-    def __init__(self, camera: Camera, number: int, **kwargs) -> None:
-        o = camera.opened
-        self.frames = ring.map_ring(camera.ring, o.slots, o.slot_bytes, o.dtype, o.shape)
-        self.sock = camera.attach_socket(number, **kwargs)
-        self.sock.settimeout(QUICK_S)
-        self.seen: list[int] = []
-
-    def ask(self) -> None:
-        self.sock.send(protocol.CREDIT.pack(protocol.FIRST_CREDIT))
-
-    def take(self) -> tuple[int, int, int] | None:
-        """(seq, time, slot) of the next notice; None at the end."""
-        data = self.sock.recv(64)
-        if not data:
-            return None
-        seq, t_ns, slot, _ = protocol.NOTICE.unpack(data)
-        self.seen.append(seq)
-        return seq, t_ns, slot
-
-    def give_back(self, slot: int) -> None:
-        self.sock.send(protocol.CREDIT.pack(slot))
-
-    def run(self, count: int, work_s: float = 0.0) -> list[tuple[int, int, int]]:
-        """Answer `count` frames: (seq, time, number painted into the frame)."""
-        answered = []
-        while len(answered) < count and (notice := self.take()):
-            seq, t_ns, slot = notice
-            answered.append((seq, t_ns, frame_number(self.frames[slot])))
-            time.sleep(work_s)
-            self.give_back(slot)
-        return answered
 
 
 def dropped(camera: Camera, seconds: float = 0.2) -> list[tuple[str, list[int], str]]:
@@ -66,8 +27,8 @@ def test_live_without_overload_delivers_every_frame_from_0_on_and_at_its_time(da
     reader.ask()
     answered = reader.run(100)
     assert [(seq, number) for seq, _, number in answered] == [(i, i) for i in range(100)]
-    gaps = np.diff([t_ns for _, t_ns, _ in answered])
-    assert abs(gaps.mean() - 10e6) < 0.2e6
+    # the source itself may once have been kept waiting
+    assert np.median(np.diff([t_ns for _, t_ns, _ in answered])) == 10e6
     assert all(min(seqs) >= 100 for _, seqs, _ in dropped(camera)), "nothing is lost while somebody takes frames"
 
 
@@ -102,7 +63,7 @@ def test_every_waits_for_the_reader_and_drops_nothing(daemon: Daemon, clip):
     rest = reader.run(180)
     assert [seq for seq, _, _ in first + rest] == list(range(200))
     states = [m for m in camera.collect(0.3) if not isinstance(m, protocol.Dropped)]
-    assert states[-1] == protocol.SourceState("ended", "last frame", 200)
+    assert (states[-1].state, states[-1].detail, states[-1].frames) == ("ended", "last frame", 200)
 
 
 def test_a_loop_counts_on_without_restarting(daemon: Daemon, tmp_path):

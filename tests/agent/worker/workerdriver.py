@@ -6,7 +6,6 @@ import os
 import select
 import socket
 import subprocess
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,6 +15,8 @@ import cv2
 import numpy as np
 
 from agent import memfd, protocol
+from agent.worker import ring
+from tests.workerpython import program
 
 ROOT = Path(__file__).resolve().parents[3]
 TIMEOUT_S = 60.0
@@ -93,7 +94,7 @@ class Daemon(Peer):
         ours, theirs = protocol.socket_pair()
         super().__init__(ours)
         self.process = subprocess.Popen(
-            [sys.executable, *command, "host", "--fd", str(theirs.fileno())],
+            [*program(*command), "host", "--fd", str(theirs.fileno())],
             pass_fds=(theirs.fileno(),),
             cwd=ROOT,
             stderr=subprocess.PIPE,
@@ -210,6 +211,42 @@ class Camera(Worker):
         self.send(protocol.AttachReader(reader, line, active), theirs.fileno())
         theirs.close()
         return ours
+
+
+class Reader:
+    """A reader played by the test: takes notices, looks at frames, returns leases."""
+
+    def __init__(self, camera: Camera, number: int, **kwargs) -> None:
+        o = camera.opened
+        self.frames = ring.map_ring(camera.ring, o.slots, o.slot_bytes, o.dtype, o.shape)
+        self.sock = camera.attach_socket(number, **kwargs)
+        self.sock.settimeout(TIMEOUT_S)
+        self.seen: list[int] = []
+
+    def ask(self) -> None:
+        self.sock.send(protocol.CREDIT.pack(protocol.FIRST_CREDIT))
+
+    def take(self) -> tuple[int, int, int] | None:
+        """(seq, time, slot) of the next notice; None at the end."""
+        data = self.sock.recv(64)
+        if not data:
+            return None
+        seq, t_ns, slot, _ = protocol.NOTICE.unpack(data)
+        self.seen.append(seq)
+        return seq, t_ns, slot
+
+    def give_back(self, slot: int) -> None:
+        self.sock.send(protocol.CREDIT.pack(slot))
+
+    def run(self, count: int, work_s: float = 0.0) -> list[tuple[int, int, int]]:
+        """Answer `count` frames: (seq, time, number painted into the frame)."""
+        answered = []
+        while len(answered) < count and (notice := self.take()):
+            seq, t_ns, slot = notice
+            answered.append((seq, t_ns, frame_number(self.frames[slot])))
+            time.sleep(work_s)
+            self.give_back(slot)
+        return answered
 
 
 def frame_number(frame: np.ndarray[Any, Any]) -> int:
