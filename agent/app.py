@@ -1,4 +1,4 @@
-"""Where a daemon is put together: the one module that names concrete adapters.
+"""Where a daemon is put together: with `agent.dataplane` the only module that names concrete adapters.
 
 `Device` builds the parts, starts them in the order they need each other and stops them in reverse. What each part does
 lives in its own module; nothing here decides anything about models, releases or messages.
@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import datetime
 import logging
+import os
 import random
 import secrets
 import sys
@@ -17,39 +18,38 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from agent import __version__, cli, profile
-from agent.config import Config
+from agent import __version__, profile
+from agent.config import Config, load
 from agent.daemon import enroll, keys
 from agent.daemon.askers import Asker
 from agent.daemon.audit import Audit
 from agent.daemon.control import ControlServer
 from agent.daemon.crashes import CrashLoops
 from agent.daemon.fetching import Fetching
-from agent.daemon.hosting import ModelHost
 from agent.daemon.lifecycle import Lifecycle
-from agent.daemon.lines import LineRuntime
 from agent.daemon.link import Identity as LinkIdentity
 from agent.daemon.link import Link, LinkSettings, Orders
 from agent.daemon.memory import give_back
-from agent.daemon.news import News
 from agent.daemon.notify import Notifier
 from agent.daemon.rotation import Rotation
 from agent.daemon.routes import Routes
 from agent.daemon.seen import Seen
-from agent.daemon.settings import Chosen, SettingsTrials, Working, file_sha256
+from agent.daemon.settings import Chosen, SettingsTrials, file_sha256
 from agent.daemon.sideload import Sideloads
-from agent.daemon.sources import SourceRuntime
 from agent.daemon.status import Observed, Status, boot_id
-from agent.daemon.supervisor import Supervisor, default_host_command
+from agent.daemon.supervisor import default_host_command
 from agent.daemon.tasks import Tasks
 from agent.daemon.telemetry import Clocks, Telemetry
 from agent.daemon.topics import Topics
-from agent.daemon.updates import FOR_GOOD, LastWords, UpdateLoop, limits_of, serve_later, worth_repeating
+from agent.daemon.updates import LastWords, UpdateLoop, for_good, limits_of, serve_later, worth_repeating
+from agent.daemon.working import Working
+from agent.dataplane import DataPlane, Surroundings
 from agent.errors import AgentError, ConfigError, Reason
 from ota.client.fsops import Fs
 from ota.client.ports import Identity
 from ota.client.updater import Updater
 from ota.errors import OtaError
+from ota.errors import Reason as OtaReason
 from ota.mqtt import Tls
 
 log = logging.getLogger(__name__)
@@ -89,7 +89,7 @@ class Device:
         host_command: Sequence[str] | None = None,
         chosen: Chosen | None = None,
     ) -> None:
-        self._config, self._online = config, online
+        self._config, self._online, self._environment = config, online, environment
         self.failed, self.anew = asyncio.Event(), asyncio.Event()
         self._tasks = Tasks(ESSENTIAL_TASKS, self.failed.set)
         enrolment = enroll.load(config.state_dir)
@@ -101,7 +101,8 @@ class Device:
         self._provider = keys.provider(config.state_dir, dict(environment))
         fs = Fs(config.state_dir)
         self._keys = keys.open_keys(self._provider, fs)
-        self._profile = profile.recognise(config.profile, profile.load_all())
+        self._recognised = profile.here(config.profile)
+        self._profile = self._recognised.profile
         self._rng = random.Random(secrets.randbits(64))
         self._notifier = Notifier(environment)
         self._words = LastWords([line.name for line in config.lines])
@@ -109,7 +110,9 @@ class Device:
         self.telemetry = Telemetry(
             Clocks(time.time_ns, time.monotonic_ns, self._boot_id), results=config.telemetry.results == "all"
         )
-        self._make_models(fs, host_command or default_host_command())
+        python = config.worker_python or self._profile.python
+        self._plane = self._make_plane(fs, host_command or default_host_command(python))
+        self._host = self._plane.models
         self.link = self._make_link(self._keys.tls) if online and self._keys.tls is not None else None
         link = self.link
         self._fetching = Fetching(
@@ -142,20 +145,19 @@ class Device:
         Raises:
             AgentError: a socket or the state directory cannot be used.
         """
-        await self._supervisor.start()
+        await self._plane.start_hosts()
         await self._control.start()
         # from here on a technician gets answers; how long a model takes to load is no reason to be restarted
-        self._notifier.send("READY=1", f"STATUS=serving {len(self._lines)} lines")
+        self._notifier.send("READY=1", f"STATUS=serving {len(self._plane.lines)} lines")
         if self.link is not None:
             self._tasks.spawn(self.link.run(), "link")
         self.settings.start()
         self._tasks.spawn(self._tick(), "tick")
-        for source in self._sources.values():
-            source.start()
+        self._plane.open_sources()
         await self._updater.recover()
         self._tasks.spawn(self._rotation.resume(), "keys")
         self._tasks.spawn(self.lifecycle.run(), "lifecycle")
-        await asyncio.gather(*(self._resume(name) for name in self._lines))
+        await asyncio.gather(*(self._resume(name) for name in self._plane.lines))
         if self.link is not None:
             self._tasks.spawn(self._updates.run(), "updates")
             self._updates.poke()
@@ -166,13 +168,11 @@ class Device:
         # requests first: a sideload must not mistake the end of the workers for a bad release
         await self._control.stop()
         await self._tasks.end(but="link")
-        await asyncio.gather(*(line.stop() for line in self._lines.values()))
-        self._news.settle()
-        await asyncio.gather(*(source.stop() for source in self._sources.values()))
+        await self._plane.stop()
         # last, so that what the others said while stopping still leaves
         await self._tasks.end()
         self._fetching.close()
-        await self._supervisor.stop()
+        await self._plane.stop_hosts()
 
     async def sideload(self, path: Path, asker: Asker, *, allow_expired: bool = False) -> dict[str, str]:
         """Install from a directory or zip; see `Sideloads.install`."""
@@ -184,25 +184,21 @@ class Device:
 
     # --- parts -------------------------------------------------------------------------------------------------------
 
-    def _make_models(self, fs: Fs, host_command: Sequence[str]) -> None:
-        """Everything that has to do with frames and models."""
-        self._supervisor = Supervisor(
-            listen=self._config.worker_socket if self._config.workers == "unit" else None,
+    def _make_plane(self, fs: Fs, host_command: Sequence[str]) -> DataPlane:
+        ring = self._keys.keyring
+        around = Surroundings(
+            environment=self._environment,
+            device=self._enrolment.device,
+            fs=fs,
+            storage=lambda: () if ring is None else ring.ring.storage,
             host_command=host_command,
-            on_lost=lambda: self.telemetry.event("worker_host_lost", {}),
+            telemetry=self.telemetry,
+            words=self._words,
+            rng=self._rng,
+            on_crash=lambda line, candidate, reason: self._crashes.crashed(line, candidate, reason),
+            now=_utc_now,
         )
-        self._lines: dict[str, LineRuntime] = {}
-        self._news = News(self.telemetry, self._words, self._lines)
-        self._sources = {s.name: self._source(s.name) for s in self._config.sources}
-        self._lines |= {line.name: self._line(line.name) for line in self._config.lines}
-        self._host = ModelHost(
-            self._config,
-            self._profile,
-            self._supervisor,
-            self._lines,
-            write=fs.write_atomic,
-            on_verdicts=self._news.tried,
-        )
+        return DataPlane(self._config, self._profile, around)
 
     def _make_control(self, fs: Fs) -> None:
         """Everything that people ask."""
@@ -212,7 +208,7 @@ class Device:
         self._sideloads = Sideloads(self._updater, *words, lambda: self._online and self.settings.on_trial)
         self._status = self._make_status()
         self._routes = Routes(
-            tuple(self._lines),
+            tuple(self._plane.lines),
             self._updater,
             self._updates,
             self._sideloads,
@@ -227,41 +223,19 @@ class Device:
             {**self._routes.table(), **{k: v for p in parts for k, v in p.routes().items()}},
         )
 
-    def _source(self, name: str) -> SourceRuntime:
-        settings = next(s for s in self._config.sources if s.name == name)
-        return SourceRuntime(
-            settings,
-            self._supervisor,
-            on_dropped=self._news.dropped,
-            on_restarted=self._news.source_restarted,
-            on_state=self._news.source_state,
-        )
-
-    def _line(self, name: str) -> LineRuntime:
-        settings = next(line for line in self._config.lines if line.name == name)
-        return LineRuntime(
-            settings,
-            self._sources[settings.source],
-            self._supervisor,
-            self._config.update,
-            on_result=self.telemetry.result,
-            on_event=self.telemetry.event,
-            on_crash=lambda line, candidate, reason: self._crashes.crashed(line, candidate, reason),
-        )
-
     def _make_link(self, tls: keys.TlsFiles) -> Link:
         enrolment = self._enrolment
         settings = LinkSettings(
             enrolment.host,
             enrolment.port,
-            Topics(enrolment.tenant, enrolment.device),
+            Topics(enrolment.tenant, enrolment.device, self._plane.inputs.names),
             Tls(str(enrolment.ca), tls.certificate or str(enrolment.certificate), tls.key),
             flush_s=self._config.telemetry.interval_s,
         )
         return Link(
             settings,
             LinkIdentity(self._boot_id, secrets.token_hex(8)),
-            Orders(command=lambda c: self._routes.command(c), hint=lambda h, s: self._routes.hint(h, s)),
+            Orders(lambda c: self._routes.command(c), lambda h, s: self._routes.hint(h, s), self._plane.inputs.heard),
             self.telemetry,
             rng=self._rng,
             clock=time.monotonic,
@@ -281,7 +255,7 @@ class Device:
             _utc_now,
             self._rng,
             limits_of(self._config.update),
-            self._news.updated,
+            self._plane.news.updated,
             on_settings=lambda text: self.settings.fleet_wants(text),
             on_revoked=self.lifecycle.revoke,
             gate=self._fetching.gate,
@@ -290,10 +264,11 @@ class Device:
     def _make_settings(self, chosen: Chosen) -> SettingsTrials:
         working = Working(
             lambda: self.link,
-            self._sources,
-            self._lines,
+            self._plane.sources,
+            self._plane.lines,
             committed=lambda line: self._updater.record.line(line).active is not None,
             busy=lambda: self._updater.busy,
+            paused=lambda: self._plane.governor.paused,
         )
         return SettingsTrials(
             self._updater.settings,
@@ -310,16 +285,18 @@ class Device:
             "id": self._enrolment.device,
             "tenant": self._enrolment.tenant,
             "profile": self._profile.name,
+            "recognised": self._recognised.evidence,
+            "accessories": ", ".join(accessory.name for accessory in self._recognised.accessories),
             "agent": __version__,
             "boot_id": self._boot_id,
         }
         observed = Observed(
             about,
-            self._supervisor,
+            self._plane.supervisor,
             self._provider,
             lambda: self.link,
-            self._sources,
-            self._lines,
+            self._plane.sources,
+            self._plane.lines,
             self._host,
             self._updater,
             self._words,
@@ -327,6 +304,7 @@ class Device:
             self._keys,
             self.lifecycle,
             self._fetching,
+            self._plane.governor,
         )
         return Status(observed, tick_s=TICK_S)
 
@@ -340,11 +318,13 @@ class Device:
                     await self._host.resume(candidate)
         except (AgentError, OtaError) as e:
             log.error("line %s: %s", name, e.message, extra={"reason": e.reason.value, "hint": e.hint})
-            if e.reason not in FOR_GOOD:
+            if not for_good(e):
                 self._tasks.spawn(serve_later(lambda: self._updater.serve(name), self._rng), f"serve {name}")
 
     async def _look(self) -> bool:
         events = await self._updater.check()
+        no_room = any(event.reason is OtaReason.NO_SPACE for event in events)
+        await self._plane.compiled.collect(self._updater.store.has, room_needed=no_room)
         give_back()
         self._fetching.note(events, self._updates.poke)
         return worth_repeating(events)
@@ -362,6 +342,7 @@ class Device:
             await asyncio.sleep(TICK_S)
             ticks += 1
             self._status.tick()
+            self._plane.governor.tick()
             if self.settings.tick():
                 self._updates.poke()
             # this loop and the network thread are the daemon's own heartbeats; a worker or the uplink is not
@@ -383,7 +364,25 @@ def _utc_now() -> datetime.datetime:
 
 def main() -> int:
     """Entry of `edge-agent`."""
-    return cli.main(sys.argv[1:])
+    words = sys.argv[1:]
+    if len(words) == 3 and words[:2] == ["run", "--config"]:
+        return _run(Path(words[2]))
+    from agent import cli
+
+    return cli.main(words)
+
+
+def _run(path: Path) -> int:
+    """What the service starts, without the parser of the command line: the daemon would carry it ever after."""
+    from agent import logs, screen, service
+
+    logs.set_up("INFO")
+    try:
+        return service.run_daemon(load(path), os.environ)
+    except (AgentError, OtaError) as e:
+        return screen.complain(e)
+    except KeyboardInterrupt:
+        return 130
 
 
 def ota_main() -> int:

@@ -16,11 +16,10 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, Protocol
 
-from agent import __version__, config, screen
+from agent import __version__, config, lineconfig, screen
 from agent.errors import AgentError, ConfigError, Reason
 from agent.errors import exit_code as agent_exit_code
 from ota.errors import OtaError
-from ota.errors import exit_code as ota_exit_code
 
 _Verb = Callable[[argparse.Namespace], int]
 
@@ -42,10 +41,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             return agent_exit_code(Reason.BAD_USAGE)
         verb: _Verb = args.verb
         return verb(args)
-    except AgentError as e:
-        return screen.complain(args, e.reason.value, e.message, e.hint, agent_exit_code(e.reason))
-    except OtaError as e:
-        return screen.complain(args, e.reason.value, e.message, e.hint, ota_exit_code(e.reason))
+    except (AgentError, OtaError) as e:
+        return screen.complain(e, as_json=getattr(args, "json", False))
     except BrokenPipeError:
         return 0
     except KeyboardInterrupt:
@@ -120,6 +117,18 @@ def _clock(args: argparse.Namespace) -> int:
     return screen.answer(args, shown)
 
 
+def _capture(args: argparse.Namespace) -> int:
+    from agent import captureverb
+
+    return captureverb.run(args)
+
+
+def _profile(args: argparse.Namespace) -> int:
+    from agent import profileverbs
+
+    return profileverbs.run(args)
+
+
 def _enroll(args: argparse.Namespace) -> int:
     from agent import lifeverbs
 
@@ -158,8 +167,12 @@ def _config_check(args: argparse.Namespace) -> int:
 
     loaded = config.load(args.config)
     chosen = profile.recognise(loaded.profile, profile.load_all())
+    if loaded.worker_python is not None:
+        from agent.daemon.interpreter import check_interpreter
+
+        print(f"workers: {loaded.worker_python}, Python {check_interpreter(loaded.worker_python)}")
     for source in loaded.sources:
-        opened = asyncio.run(workbench.probe(source))
+        opened = asyncio.run(workbench.probe(source, args.config.parent, loaded.worker_python))
         print(f"source {source.name}: {opened.size} at {opened.fps:g} fps")
     print(f"{args.config}: {len(loaded.sources)} sources, {len(loaded.lines)} lines, profile {chosen.name}")
     return 0
@@ -199,17 +212,9 @@ def _config_example(_: argparse.Namespace) -> int:
 
 
 def _bench(args: argparse.Namespace) -> int:
-    from agent import profile, workbench
+    from agent import benchverb, profile
 
-    ladder = _ladder(args, profile)
-    graph, outputs = _graph(args)
-    verdicts = asyncio.run(workbench.bench(args.model, ladder, graph, outputs))
-    if args.json:
-        print(json.dumps([v.to_json() for v in verdicts], indent=1))
-    else:
-        screen.verdicts([v.to_json() for v in verdicts])
-    workbench.best_delegate(verdicts)
-    return 0
+    return benchverb.run(args, _ladder(args, profile), *_graph(args))
 
 
 def _infer(args: argparse.Namespace) -> int:
@@ -220,7 +225,8 @@ def _infer(args: argparse.Namespace) -> int:
     failed: list[tuple[str, AgentError]] = []
     for delegate in delegates:
         try:
-            loaded, result = asyncio.run(workbench.infer(args.model, args.image, delegate, graph, outputs))
+            run = workbench.infer(args.model, args.image, delegate, graph, outputs, args.worker_python)
+            loaded, result = asyncio.run(run)
         except AgentError as e:
             if e.reason not in workbench.ANOTHER_MAY_RUN_IT:
                 raise
@@ -301,6 +307,12 @@ def _parser() -> argparse.ArgumentParser:
     status.add_argument("--modules", action="store_true", help="the Python modules the daemon has loaded, instead")
     add("metrics", _metrics, "figures in the Prometheus text format")
     add("clock", _clock, "raise the system clock to the newest signed date; what edge-agent-clock.service starts")
+    profiles = add("profile", _profile, "explain which device profile this board has and why, or list all of them")
+    profiles.add_argument("action", choices=("explain", "list"))
+    profiles.add_argument("--root", type=Path, metavar="DIR", help="a copy of another board's /proc and /sys, instead")
+    captures = add("capture", _capture, "pictures that rules kept, sealed to the operator: list them, or copy them")
+    captures.add_argument("action", choices=("list", "copy"))
+    captures.add_argument("--to", type=Path, metavar="DIR", help="copy: where to, such as a stick")
     _add_updates(add)
     _add_custody(add)
     _add_settings(add)
@@ -372,8 +384,14 @@ def _add_workbench(add: _Add) -> None:
         ("infer", _infer, "run a model file on one picture"),
     ):
         sub = add(name, verb, text, needs_config=False)
-        sub.add_argument("model", type=Path, metavar="MODEL", help="a .tflite or .onnx file")
+        sub.add_argument("model", type=Path, metavar="MODEL", help="a .tflite, .onnx or .ovir file")
+        if name == "bench":
+            sub.add_argument(
+                "--objective", choices=lineconfig.OBJECTIVES, default="latency", help="what the best is the best for"
+            )
+            sub.add_argument("--svg", type=Path, metavar="FILE", help="draw the table into a picture as well")
         if name == "infer":
             sub.add_argument("image", type=Path, metavar="IMAGE", help="a PNG or JPEG file")
         sub.add_argument("--spec", type=Path, metavar="FILE", help="spec.toml with preprocess, postprocess and labels")
         sub.add_argument("--delegate", metavar="NAME", help="only this one, such as litert:xnnpack")
+        sub.add_argument("--worker-python", type=Path, metavar="PATH", help="the workers' interpreter, if another one")

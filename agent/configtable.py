@@ -33,7 +33,9 @@ class Table:
                 raise self.bad(f"unknown key {near!r}", f"did you mean {key!r}?")
             raise self.bad(f"{key} is missing", f"add {key} = …, {what}")
         if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
-            raise self.bad(f"{key} = {value!r} is not {what}", "see docs/reference/config.md")
+            # what lies in a list or table may be an address with its password
+            shown = "[…]" if isinstance(value, (list, dict)) else repr(value)
+            raise self.bad(f"{key} = {shown} is not {what}", "see docs/reference/config.md")
         return value
 
     def has(self, key: str) -> bool:
@@ -41,7 +43,17 @@ class Table:
         return key in self._data
 
     def text(self, key: str, default: str | None) -> str:
-        return str(self._get(key, default, (str,), "a text"))
+        value = str(self._get(key, default, (str,), "a text"))
+        if "\0" in value:
+            raise self.bad(f"{key} holds a NUL character", "take it out")
+        return value
+
+    def texts(self, key: str) -> tuple[str, ...]:
+        value = self._get(key, [], (list,), "a list of texts")
+        for item in value:
+            if not isinstance(item, str):
+                raise self.bad(f"{key}: {item!r} is not a text", "write every one in quotation marks")
+        return tuple(value)
 
     def choices(self, key: str, allowed: tuple[str, ...]) -> tuple[str, ...]:
         value = self._get(key, [], (list,), "a list of texts")
@@ -60,10 +72,19 @@ class Table:
                 raise self.bad(f"{key}: {e}", "see docs/reference/config.md") from e
         return [str(item) for item in value]
 
+    def pairs(self, key: str) -> tuple[tuple[float, float], ...]:
+        """A list of pairs of numbers, such as the corners of a polygon."""
+        value = self._get(key, [], (list,), "a list of [x, y]")
+        for item in value:
+            fits = isinstance(item, list) and len(item) == 2
+            if not fits or any(isinstance(v, bool) or not isinstance(v, (int, float)) for v in item):
+                raise self.bad(f"{key}: {item!r} is not a pair of numbers", "write [[0.1, 0.2], [0.9, 0.2], …]")
+        return tuple((float(x), float(y)) for x, y in value)
+
     def flag(self, key: str, default: bool) -> bool:
         return bool(self._get(key, default, (bool,), "true or false"))
 
-    def number(self, key: str, default: float, low: float, high: float) -> float:
+    def number(self, key: str, default: float | None, low: float, high: float) -> float:
         value = self._get(key, default, (int, float), "a number")
         # compared as it stands: an integer may be too large to become a float
         if not low <= value <= high:

@@ -20,6 +20,11 @@ class Reason(str, enum.Enum):
     BAD_USAGE = "bad_usage"
     SOURCE_MISSING = "source_missing"
     SOURCE_UNREADABLE = "source_unreadable"
+    SOURCE_BUSY = "source_busy"
+    SOURCE_REFUSED = "source_refused"
+    SOURCE_LOST = "source_lost"
+    SOURCE_STALE = "source_stale"
+    SOURCE_CHANGED = "source_changed"
     RUNTIME_MISSING = "runtime_missing"
     UNKNOWN_DELEGATE = "unknown_delegate"
     UNKNOWN_FORMAT = "unknown_format"
@@ -28,6 +33,15 @@ class Reason(str, enum.Enum):
     MODEL_SHAPE = "model_shape"
     IMAGE_UNREADABLE = "image_unreadable"
     DELEGATE_FELL_BACK = "delegate_fell_back"
+    DELEGATE_BROKEN = "delegate_broken"
+    DELEGATE_BUSY = "delegate_busy"
+    DELEGATE_COMPILING = "delegate_compiling"
+    DELEGATE_EXCLUSIVE = "delegate_exclusive"
+    DELEGATE_LEAKS = "delegate_leaks"
+    DELEGATE_PARTIAL = "delegate_partial"
+    DELEGATE_TAKEN = "delegate_taken"
+    DELEGATE_UNSTEADY = "delegate_unsteady"
+    OUTPUT_NOT_FINITE = "output_not_finite"
     GOLDEN_MISMATCH = "golden_mismatch"
     WORKER_CRASHED = "worker_crashed"
     WORKER_HUNG = "worker_hung"
@@ -108,6 +122,11 @@ _NEXT = {
     Reason.BAD_USAGE: "see --help",
     Reason.SOURCE_MISSING: "mend the path of the source in agent.toml",
     Reason.SOURCE_UNREADABLE: "let the edge-worker user read it, or encode it again",
+    Reason.SOURCE_BUSY: "end the other program that uses the camera",
+    Reason.SOURCE_REFUSED: "correct user and password of the camera",
+    Reason.SOURCE_LOST: "it is opened again by itself; check cable, power and network",
+    Reason.SOURCE_STALE: "it is waited for; check the camera",
+    Reason.SOURCE_CHANGED: "it is opened again by itself; set one picture size in the camera",
     Reason.RUNTIME_MISSING: "install the runtime: pip install the extra litert, onnx or openvino",
     Reason.UNKNOWN_DELEGATE: "see docs/reference/cli.md for those that are known",
     Reason.UNKNOWN_FORMAT: "convert the model to .tflite or .onnx",
@@ -116,6 +135,15 @@ _NEXT = {
     Reason.MODEL_SHAPE: "correct the spec: the message names the tensor",
     Reason.IMAGE_UNREADABLE: "give a whole PNG or JPEG",
     Reason.DELEGATE_FELL_BACK: "use the delegate that really ran",
+    Reason.DELEGATE_BROKEN: "check driver and firmware; the delegate's library is there and does not start",
+    Reason.DELEGATE_BUSY: "it is tried again by itself; see what else has the device open",
+    Reason.DELEGATE_COMPILING: "nothing to do: another delegate serves until it is ready, or compile_timeout_s is over",
+    Reason.DELEGATE_EXCLUSIVE: "name it in exclusive of the device profile",
+    Reason.DELEGATE_LEAKS: "update the runtime or driver; allow another delegate until then",
+    Reason.DELEGATE_PARTIAL: "convert the model so that all of it runs there, or lower min_coverage of the line",
+    Reason.DELEGATE_TAKEN: "give one of the two lines another delegate in agent.toml",
+    Reason.DELEGATE_UNSTEADY: "update the driver, check power supply and temperature",
+    Reason.OUTPUT_NOT_FINITE: "compare the delegates in edge-agent status; half precision may overflow",
     Reason.GOLDEN_MISMATCH: "compare the delegates in edge-agent status, or build the release again",
     Reason.WORKER_CRASHED: "reproduce it with edge-agent bench",
     Reason.WORKER_HUNG: "reproduce it with edge-agent bench",
@@ -159,6 +187,11 @@ _EXIT = {
     Reason.MODEL_MISSING: 66,
     Reason.SOURCE_MISSING: 66,
     Reason.SOURCE_UNREADABLE: 66,
+    Reason.SOURCE_BUSY: 75,
+    Reason.SOURCE_REFUSED: 77,
+    Reason.SOURCE_LOST: 69,
+    Reason.SOURCE_STALE: 69,
+    Reason.SOURCE_CHANGED: 69,
     Reason.KEY_MISSING: 66,
     Reason.SEALED_KEY_UNAVAILABLE: 69,
     Reason.UNKNOWN_LINE: 66,

@@ -23,18 +23,31 @@ from agent.errors import AgentError, Reason
 MAX_MESSAGE_BYTES = 64 * 1024
 MAX_FDS = 8
 
-# Source to reader, one per frame: sequence, capture time (CLOCK_MONOTONIC ns), slot, reserved.
+# Source to reader, one per frame: sequence, capture time (CLOCK_MONOTONIC ns), slot, flags. Behind it, for a line that
+# follows another, what the other found in the frame; the flag FOLLOWED asks for that, behind the credit.
 NOTICE = struct.Struct("<QqII")
 # Reader to source: the slot whose lease it returns; FIRST_CREDIT asks for the first frame.
 CREDIT = struct.Struct("<I")
 FIRST_CREDIT = 0xFFFFFFFF
+FOLLOWED = 1
+MAX_FOUND_BYTES = 16 * 1024
+
+
+class Message:
+    """What all messages share, once: of every dataclass's own the daemon would carry forty copies."""
+
+    def __eq__(self, other: object) -> bool:
+        return type(other) is type(self) and other.__dict__ == self.__dict__
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({', '.join(f'{key}={value!r}' for key, value in self.__dict__.items())})"
 
 
 # --- daemon and host -------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class HostReady:
+@dataclass(frozen=True, eq=False, repr=False)
+class HostReady(Message):
     """The host of the workers is up. `unit` is the systemd unit it runs in, or empty."""
 
     pid: int
@@ -42,37 +55,46 @@ class HostReady:
     python: str
 
 
-@dataclass(frozen=True)
-class Spawn:
-    """Start a worker of `role` (source, model, trial, transform); its end of the socket is the one descriptor.
+@dataclass(frozen=True, eq=False, repr=False)
+class Spawn(Message):
+    """Start a worker of `role` (source, model, fused, trial, transform); its end of the socket is the one descriptor.
 
-    `memory_bytes` bounds its heap (RLIMIT_DATA); 0 leaves it unbounded.
+    `memory_bytes` bounds its heap (RLIMIT_DATA); 0 leaves it unbounded. `forked` asks for one that the zygote forks;
+    where it cannot, the worker is executed.
     """
 
     worker: int
     role: str
     nice: int
     memory_bytes: int
+    forked: bool = False
 
 
-@dataclass(frozen=True)
-class Started:
+@dataclass(frozen=True, eq=False, repr=False)
+class Zygote(Message):
+    """From now on keep a zygote that has loaded the runtimes of these delegates, or none where there are none."""
+
+    delegates: list[Any]
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Started(Message):
     """The worker's process exists."""
 
     worker: int
     pid: int
 
 
-@dataclass(frozen=True)
-class Kill:
+@dataclass(frozen=True, eq=False, repr=False)
+class Kill(Message):
     """Send `signal` to a worker."""
 
     worker: int
     signal: int
 
 
-@dataclass(frozen=True)
-class Exited:
+@dataclass(frozen=True, eq=False, repr=False)
+class Exited(Message):
     """A worker ended. `status` is its exit code, or minus the signal that ended it."""
 
     worker: int
@@ -85,8 +107,8 @@ class Exited:
 # --- every worker ----------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Fault:
+@dataclass(frozen=True, eq=False, repr=False)
+class Fault(Message):
     """A worker refuses what it was asked. It stays alive unless it says otherwise by exiting."""
 
     reason: str
@@ -94,16 +116,16 @@ class Fault:
     hint: str
 
 
-@dataclass(frozen=True)
-class StopWorker:
+@dataclass(frozen=True, eq=False, repr=False)
+class StopWorker(Message):
     """Finish the frame in hand, release everything, exit with 0."""
 
 
 # --- source ----------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class OpenSource:
+@dataclass(frozen=True, eq=False, repr=False)
+class OpenSource(Message):
     """Open a source and make its ring. `kind` is of the table of sources; `options` are
     the parsed keys of its table in agent.toml."""
 
@@ -112,8 +134,8 @@ class OpenSource:
     options: dict[str, Any]
 
 
-@dataclass(frozen=True)
-class SourceOpened:
+@dataclass(frozen=True, eq=False, repr=False)
+class SourceOpened(Message):
     """The source can deliver. The ring is the one descriptor; each of its frames is an array of `dtype` and `shape`:
     uint8 [height, width, 3] BGR of a camera, float32 [samples, channels] of a sensor's window."""
 
@@ -131,33 +153,43 @@ class SourceOpened:
         return f"{'x'.join(map(str, self.shape))} {self.dtype}"
 
 
-@dataclass(frozen=True)
-class Feed:
+@dataclass(frozen=True, eq=False, repr=False)
+class Feed(Message):
     """Samples for a source that the daemon itself hears: rows of numbers, the last one measured at `t_ns`."""
 
     t_ns: int
     rows: list[Any]
 
 
-@dataclass(frozen=True)
-class AttachReader:
-    """A reader of the line `line`; its notice socket is the one descriptor. `active` readers get frames at once."""
+@dataclass(frozen=True, eq=False, repr=False)
+class SetPace(Message):
+    """Deliver only every `divisor`-th frame of a live source, and a file so many times slower; 1 is the source's own
+    pace, 0 stops it. Where the readers decide (`every`) and a file has no pace of its own, only 0 changes anything."""
+
+    divisor: int
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class AttachReader(Message):
+    """A reader of the line `line`; its notice socket is the one descriptor. `active` readers get frames at once, or,
+    of a line that follows the line `after`, those in which that found something."""
 
     reader: int
     line: str
     active: bool
+    after: str = ""
 
 
-@dataclass(frozen=True)
-class SwitchReader:
+@dataclass(frozen=True, eq=False, repr=False)
+class SwitchReader(Message):
     """From the next frame on the line's frames go to `reader`; the old reader finishes what it holds and gets EOF."""
 
     line: str
     reader: int
 
 
-@dataclass(frozen=True)
-class Switched:
+@dataclass(frozen=True, eq=False, repr=False)
+class Switched(Message):
     """The switch happened: `first_seq` is the first frame that goes to `reader`."""
 
     line: str
@@ -165,16 +197,16 @@ class Switched:
     first_seq: int
 
 
-@dataclass(frozen=True)
-class DetachReader:
+@dataclass(frozen=True, eq=False, repr=False)
+class DetachReader(Message):
     """Forget a reader; frames it holds count as dropped with `reason`."""
 
     reader: int
     reason: str
 
 
-@dataclass(frozen=True)
-class Dropped:
+@dataclass(frozen=True, eq=False, repr=False)
+class Dropped(Message):
     """Frames of a line that nobody will answer, and why: `backlog`, `worker_lost`, `no_reader`, `stopped`."""
 
     line: str
@@ -182,20 +214,27 @@ class Dropped:
     reason: str
 
 
-@dataclass(frozen=True)
-class SourceState:
-    """`opening`, `streaming`, `stale`, `reconnecting` or `ended`."""
+@dataclass(frozen=True, eq=False, repr=False)
+class SourceState(Message):
+    """`opening`, `streaming`, `stale`, `reconnecting` or `ended`, at every change and at least every few seconds.
+
+    `reason` is one of `agent.errors.Reason`, or empty. `last_ns` is the time of the last frame (CLOCK_MONOTONIC), 0
+    before the first; `reconnects` counts how often the source was found again.
+    """
 
     state: str
+    reason: str
     detail: str
     frames: int
+    reconnects: int
+    last_ns: int
 
 
 # --- model and trial -------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class LoadModel:
+@dataclass(frozen=True, eq=False, repr=False)
+class LoadModel(Message):
     """Load the model in the first descriptor (a sealed memfd) on `delegate`, and on nothing else. A second one holds
     what `ExportCompiled` gave before; a worker that cannot use it compiles anew.
 
@@ -215,8 +254,8 @@ class LoadModel:
     outputs: list[Any]
 
 
-@dataclass(frozen=True)
-class ModelLoaded:
+@dataclass(frozen=True, eq=False, repr=False)
+class ModelLoaded(Message):
     """The session is ready. `actual` is the delegate that really runs, `coverage` its share of the nodes, 0 to 1.
     `driver` names the versions below the runtime that a compiled model depends on; `compiled` is `imported`, `fresh`
     where `ExportCompiled` has something to give, or empty."""
@@ -232,59 +271,62 @@ class ModelLoaded:
     outputs: list[Any]
 
 
-@dataclass(frozen=True)
-class ExportCompiled:
+@dataclass(frozen=True, eq=False, repr=False)
+class ExportCompiled(Message):
     """Give the loaded model in the form the runtime made of it, so that it need not be compiled again."""
 
 
-@dataclass(frozen=True)
-class Exported:
+@dataclass(frozen=True, eq=False, repr=False)
+class Exported(Message):
     """The compiled model, `out_bytes` long, in the one descriptor: a sealed memfd."""
 
     out_bytes: int
 
 
-@dataclass(frozen=True)
-class RunGolden:
+@dataclass(frozen=True, eq=False, repr=False)
+class RunGolden(Message):
     """Run the golden vectors in the one descriptor; `tolerance` is graph.golden of release.json."""
 
     component: str
     tolerance: dict[str, Any]
 
 
-@dataclass(frozen=True)
-class GoldenPassed:
+@dataclass(frozen=True, eq=False, repr=False)
+class GoldenPassed(Message):
     """Every golden vector was reproduced. `worst` is the largest error as a share of its tolerance, 0 to 1."""
 
     vectors: int
     worst: float
 
 
-@dataclass(frozen=True)
-class Measure:
+@dataclass(frozen=True, eq=False, repr=False)
+class Measure(Message):
     """Run the session `warmups` + `runs` times on a golden or blank frame."""
 
     warmups: int
     runs: int
 
 
-@dataclass(frozen=True)
-class Measured:
+@dataclass(frozen=True, eq=False, repr=False)
+class Measured(Message):
     """Nanoseconds of each counted run: preprocess, inference and postprocess together; `cpu_ns` is what all threads of
-    the process computed meanwhile."""
+    the process computed meanwhile, `waited_ns` how long its threads could run and had no core (0 where the kernel
+    does not say). `rss_bytes` is resident after the last run, `least_rss_bytes` the least after any."""
 
     runs_ns: list[int]
     cpu_ns: list[int]
+    waited_ns: list[int]
     rss_bytes: int
+    least_rss_bytes: int
 
 
-@dataclass(frozen=True)
-class RunImage:
+@dataclass(frozen=True, eq=False, repr=False)
+class RunImage(Message):
     """Run one encoded image (PNG, JPEG …), the one descriptor; answered by a `Result` with seq 0."""
 
 
-@dataclass(frozen=True)
-class AttachRing:
+@dataclass(frozen=True, eq=False, repr=False)
+class AttachRing(Message):
     """Serve frames of `dtype` and `shape`: descriptors are the ring and the reader's notice socket."""
 
     dtype: str
@@ -293,20 +335,65 @@ class AttachRing:
     slot_bytes: int
 
 
-@dataclass(frozen=True)
-class RingAttached:
+@dataclass(frozen=True, eq=False, repr=False)
+class SetRules(Message):
+    """Before `AttachRing`: the rules over the line's results, and the share of a picture that must change before the
+    model looks at it, 0 for none, at the latest every `refresh_s`."""
+
+    rules: list[Any]
+    motion: float
+    refresh_s: float
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class SetCrops(Message):
+    """Before `AttachRing`: answer the boxes that come with frames, not the frames; see `agent.worker.follow.Crops`."""
+
+    crops: dict[str, Any]
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class RuleBegan(Message):
+    """An event of `rule` begins with `item` of frame `seq`; a snapshot of it may be the one descriptor, a JPEG."""
+
+    rule: str
+    seq: int
+    t_frame_ns: int
+    item: dict[str, Any]
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class RuleEnded(Message):
+    """The event is over with frame `seq`; the rule had been met for `duration_s`."""
+
+    rule: str
+    seq: int
+    t_frame_ns: int
+    duration_s: float
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Unchanged(Message):
+    """The frame shows nothing new: the model did not look at it, and its last answer stands."""
+
+    seq: int
+    t_frame_ns: int
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class RingAttached(Message):
     """The reader has mapped the ring, run once on a blank frame and asked for its first frame."""
 
     warm_ms: float
 
 
-@dataclass(frozen=True)
-class Result:
+@dataclass(frozen=True, eq=False, repr=False)
+class Result(Message):
     """What the model says of one frame.
 
     `t_frame_ns` and `t_done_ns` are CLOCK_MONOTONIC. `stages_us` is [wait, preprocess, inference, postprocess].
-    `items`: detection {"label", "score", "box": [x0, y0, x1, y1] in source pixels}, classification {"label", "score"},
-    raw {"name", "shape", "min", "max", "mean"}.
+    `items`: what `agent.worker.results` writes down, one kind of object for each task; docs/reference/results.md
+    describes them. Their coordinates are in source pixels.
     """
 
     seq: int
@@ -316,8 +403,8 @@ class Result:
     items: list[Any]
 
 
-@dataclass(frozen=True)
-class Finished:
+@dataclass(frozen=True, eq=False, repr=False)
+class Finished(Message):
     """The notice socket ended; every frame this reader was given has been answered."""
 
     answered: int
@@ -327,16 +414,16 @@ class Finished:
 # --- transform -------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Transform:
+@dataclass(frozen=True, eq=False, repr=False)
+class Transform(Message):
     """Decode the payload in the first descriptor, a delta with its base in the second, to exactly `out_bytes` bytes."""
 
     codec: str
     out_bytes: int
 
 
-@dataclass(frozen=True)
-class Transformed:
+@dataclass(frozen=True, eq=False, repr=False)
+class Transformed(Message):
     """The result, `out_bytes` long, in the one descriptor: a sealed memfd."""
 
     out_bytes: int
@@ -346,10 +433,10 @@ class Transformed:
 MESSAGES: dict[str, type[Any]] = {
     cls.__name__: cls
     for cls in (
-        HostReady, Spawn, Started, Kill, Exited, Fault, StopWorker, OpenSource, SourceOpened, Feed, AttachReader,
-        SwitchReader, Switched, DetachReader, Dropped, SourceState, LoadModel, ModelLoaded, ExportCompiled, Exported,
-        RunGolden, GoldenPassed, Measure, Measured, RunImage, AttachRing, RingAttached, Result, Finished, Transform,
-        Transformed,
+        HostReady, Spawn, Zygote, Started, Kill, Exited, Fault, StopWorker, OpenSource, SourceOpened, Feed, SetPace,
+        AttachReader, SwitchReader, Switched, DetachReader, Dropped, SourceState, LoadModel, ModelLoaded,
+        ExportCompiled, Exported, RunGolden, GoldenPassed, Measure, Measured, RunImage, AttachRing, RingAttached,
+        SetRules, SetCrops, RuleBegan, RuleEnded, Unchanged, Result, Finished, Transform, Transformed,
     )
 }  # fmt: skip
 _TYPES: dict[str, tuple[type, ...]] = {
@@ -363,9 +450,11 @@ _TYPES: dict[str, tuple[type, ...]] = {
 }
 # Messages that bring descriptors; those of every other message are closed unread.
 _BRING_DESCRIPTORS = (
-    Spawn, SourceOpened, AttachReader, LoadModel, Exported, RunGolden, RunImage, AttachRing, Transform, Transformed,
+    Spawn, SourceOpened, AttachReader, LoadModel, Exported, RunGolden, RunImage, AttachRing, RuleBegan,
+    Transform, Transformed,
 )  # fmt: skip
 _INT64 = 1 << 63
+_ENCODER = json.JSONEncoder(separators=(",", ":"))
 _FIELDS: dict[str, dict[str, str]] = {
     name: {f.name: str(f.type) for f in dataclasses.fields(cls)} for name, cls in MESSAGES.items()
 }
@@ -406,7 +495,7 @@ def encode(message: Any) -> bytes:
     """
     body: dict[str, Any] = {"t": type(message).__name__}
     body.update(message.__dict__)
-    data = json.dumps(body, separators=(",", ":")).encode()
+    data = _ENCODER.encode(body).encode()
     if len(data) > MAX_MESSAGE_BYTES:
         raise AgentError(Reason.BAD_MESSAGE, f"{body['t']} of {len(data)} bytes does not fit into one message")
     return data

@@ -5,15 +5,23 @@ Invariant: names come from models, sticks and peers, so nothing is printed that 
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import json
 import os
 import sys
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from agent.errors import AgentError
+from agent.errors import exit_code as agent_exit_code
+from ota.errors import OtaError
+from ota.errors import exit_code as ota_exit_code
+
+if TYPE_CHECKING:
+    import argparse
 
 _COLUMNS = 80
+LONGEST_VALUE = 100
 
 
 def columns() -> int:
@@ -31,14 +39,14 @@ def printable(text: str) -> str:
     return "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)
 
 
-def complain(args: argparse.Namespace, reason: str, message: str, hint: str, code: int) -> int:
-    """An error as every command tells it; returns `code`."""
-    if getattr(args, "json", False):
-        print(json.dumps({"reason": reason, "message": message, "hint": hint}))
-    print(f"error: {printable(message)} [{reason}]", file=sys.stderr)
-    if hint:
-        print(f"hint: {printable(hint)}", file=sys.stderr)
-    return code
+def complain(error: AgentError | OtaError, *, as_json: bool = False) -> int:
+    """An error as every command tells it; returns its exit code."""
+    if as_json:
+        print(json.dumps({"reason": error.reason.value, "message": error.message, "hint": error.hint}))
+    print(f"error: {printable(error.message)} [{error.reason.value}]", file=sys.stderr)
+    if error.hint:
+        print(f"hint: {printable(error.hint)}", file=sys.stderr)
+    return agent_exit_code(error.reason) if isinstance(error, AgentError) else ota_exit_code(error.reason)
 
 
 def answer(args: argparse.Namespace, answer: Mapping[str, Any]) -> int:
@@ -55,6 +63,9 @@ def status(status: Mapping[str, Any]) -> None:
     """The status document for a person."""
     device = status["device"]
     print(f"device     {device['id']}  profile {device['profile']}  agent {device['agent']}")
+    if device.get("recognised"):
+        plugged = f"  with {device['accessories']}" if device["accessories"] else ""
+        print(f"board      {printable(device['recognised'])}{plugged}")
     print(f"isolation  {status['isolation']}")
     print(f"custody    {status['custody']['kind']}: {status['custody']['worth']}")
     link = status["link"]
@@ -65,18 +76,22 @@ def status(status: Mapping[str, Any]) -> None:
         renewal = f", renewed after {own['renewal'][:10]}" if own["renewal"] else ", renewed by nobody"
         print(f"identity   certificate until {own['expires'][:16].replace('T', ' ')} UTC{renewal}")
     for name, source in status["sources"].items():
-        print(f"source     {name}  {source['state']}  {source['frames']} frames {printable(source['detail'])}")
+        came = f"{source['frames']} frames  {source['measured_fps']:.1f} fps"
+        print(f"source     {name}  {source['state']}  {came}  {printable(source['detail'])}")
     for name, line in status["lines"].items():
         update = line["update"]
         running = f"{line['version']} on {line['delegate']}" if line["delegate"] else "nothing runs"
         figures = f"{line['fps']:.1f} fps  p50 {line['p50_ms']:.2f} ms"
         print(f"line       {name}  {running}  {figures}  {printable(_update_now(update))}")
+        if line["rules"]:
+            print(f"           lasts: {printable(', '.join(line['rules']))}")
         if update["waits_for"]:
             print(f"           {_waits(update['waits_for'], status['fetching'])}")
         if update["reason"]:
             print(f"           last update: {update['outcome']} ({update['reason']}) {printable(update['message'])}")
             if update["hint"]:
                 print(f"           hint: {printable(update['hint'])}")
+        _selection(line["selection"])
         verdicts(line["verdicts"], indent="           ")
     for lock in status["locks"]:
         waiting = f", {', '.join(lock['waiting'])} wait" if lock["waiting"] else ""
@@ -86,6 +101,19 @@ def status(status: Mapping[str, Any]) -> None:
         print(f"condition  {condition['type']} {condition['status']}: {printable(condition['message'])}")
         if condition.get("hint"):
             print(f"           hint: {printable(condition['hint'])}")
+
+
+def _selection(chosen: Mapping[str, Any]) -> None:
+    """What the line's delegate is chosen by where that is not latency, and what about it a person should know."""
+    if chosen["objective"] != "latency":
+        proxy = f", measured as {chosen['proxy']}" if chosen["proxy"] else ""
+        print(f"           chosen for {chosen['objective']}{proxy}")
+    for fell in chosen["fell"]:
+        print(f"           not on {fell['delegate']}: {fell['reason']}: {printable(fell['message'])}")
+    if chosen["stale"]:
+        print(f"           tried anew: {printable(chosen['stale'])}")
+    for trial in chosen["trying"]:
+        print(f"           trying {trial['delegate']}: {trial['step']} for {trial['since_s']:g} s")
 
 
 def _update_now(update: Mapping[str, Any]) -> str:
@@ -123,6 +151,13 @@ def verdicts(verdicts: Sequence[Mapping[str, Any]], indent: str = "") -> None:
         print(f"{row}{figures}  {word}")
 
 
+def _shortened(text: str) -> str:
+    """A value for a line: outlines, points and vectors have thousands of numbers, and --json shows them all."""
+    return (
+        text if len(text) <= LONGEST_VALUE else f"{text[:LONGEST_VALUE]}… ({len(text)} characters, whole with --json)"
+    )
+
+
 def inference(args: argparse.Namespace, delegate: str, stages_us: Sequence[int], items: Sequence[Any]) -> None:
     """What a model said of one picture, and how long each stage took."""
     if args.json:
@@ -133,6 +168,6 @@ def inference(args: argparse.Namespace, delegate: str, stages_us: Sequence[int],
         f"{delegate}: preprocess {pre / 1000:.2f} ms, inference {run / 1000:.2f} ms, postprocess {post / 1000:.2f} ms"
     )
     for item in items:
-        print("  " + "  ".join(f"{key} {printable(str(value))}" for key, value in item.items()))
+        print("  " + "  ".join(f"{key} {_shortened(printable(str(value)))}" for key, value in item.items()))
     if not items:
         print("  nothing found")

@@ -36,6 +36,10 @@ def run_daemon(config: Config, environment: Mapping[str, str], host_command: Seq
         AgentError: it cannot start.
     """
     keep_private()
+    if config.worker_python is not None:
+        from agent.daemon.interpreter import check_interpreter  # memory that few daemons need
+
+        check_interpreter(config.worker_python)
     with locked(config.state_dir):
         reset.finish(config.state_dir)
         code: int | None = None

@@ -19,13 +19,16 @@ from typing import Any
 
 from agent import memfd, protocol
 from agent.config import UpdateConfig
+from agent.daemon.interpreter import check_interpreter
 from agent.daemon.selection import Verdict, failure
 from agent.daemon.supervisor import Supervisor, default_host_command
-from agent.daemon.trials import Subject, TrialRunner
+from agent.daemon.trial import Subject
+from agent.daemon.trials import TrialRunner
 from agent.daemon.worker import Worker
 from agent.errors import AgentError, ModelError, Reason
 from agent.profile import DELEGATES
 from agent.sourceconfig import SourceConfig
+from agent.sourcesecret import with_secrets
 from ota import strictjson
 from ota.errors import OtaError
 from ota.release import Budgets
@@ -57,17 +60,17 @@ DEFAULT_GRAPH: dict[str, Any] = {
 
 
 def format_of(model: Path) -> str:
-    """`tflite` or `onnx`, by the file's name.
+    """`tflite`, `onnx` or `ovir`, by the file's name.
 
     Raises:
         ModelError: `model_missing`, `unknown_format`.
     """
     if not model.is_file():
-        raise ModelError(Reason.MODEL_MISSING, f"{model} does not exist", hint="name a .tflite or .onnx file")
+        raise ModelError(Reason.MODEL_MISSING, f"{model} does not exist", hint="name a .tflite, .onnx or .ovir file")
     suffix = model.suffix.lstrip(".").lower()
-    if suffix not in ("tflite", "onnx"):
+    if suffix not in ("tflite", "onnx", "ovir"):
         raise ModelError(
-            Reason.UNKNOWN_FORMAT, f"{model} is neither .tflite nor .onnx", hint="convert it, or rename the file"
+            Reason.UNKNOWN_FORMAT, f"{model} is neither .tflite, .onnx nor .ovir", hint="convert it, or rename the file"
         )
     return suffix
 
@@ -77,8 +80,14 @@ def delegates_for(model_format: str, ladder: Sequence[str]) -> list[str]:
     return [name for name in ladder if model_format in DELEGATES[name]]
 
 
-async def bench(model: Path, ladder: Sequence[str], graph: Mapping[str, Any], outputs: Sequence[str]) -> list[Verdict]:
-    """Measure `model` on every delegate of `ladder` that takes its format, interleaved.
+async def bench(
+    model: Path,
+    ladder: Sequence[str],
+    graph: Mapping[str, Any],
+    outputs: Sequence[str],
+    python: Path | None = None,
+) -> list[Verdict]:
+    """Measure `model` on every delegate of `ladder` that takes its format, interleaved, in workers under `python`.
 
     Raises:
         ModelError: the file is missing or of an unknown format.
@@ -88,7 +97,7 @@ async def bench(model: Path, ladder: Sequence[str], graph: Mapping[str, Any], ou
     delegates = delegates_for(model_format, ladder)
     if not delegates:
         raise none_runs(model, ())
-    async with _supervisor() as supervisor:
+    async with _supervisor(python) as supervisor:
         specs = await _specs(supervisor, model, outputs)
         subject = Subject(
             load=lambda component, delegate: _load_message(component, model_format, delegate, graph, specs),
@@ -100,16 +109,16 @@ async def bench(model: Path, ladder: Sequence[str], graph: Mapping[str, Any], ou
         return await TrialRunner(supervisor, LIMITS).run(subject, [(model.name, name) for name in delegates])
 
 
-async def probe(source: SourceConfig) -> protocol.SourceOpened:
-    """Open `source` once in a process of its own, as the daemon would.
+async def probe(source: SourceConfig, base: Path, python: Path | None = None) -> protocol.SourceOpened:
+    """Open `source` once in a process of its own, as the daemon would; names of secrets are taken from folder `base`.
 
     Raises:
         AgentError: whatever the source's process refuses, the name of the source in front.
     """
-    async with _supervisor() as supervisor:
+    async with _supervisor(python) as supervisor:
         worker = await supervisor.spawn("source")
-        message = protocol.OpenSource(source.name, source.kind, dict(source.options))
         try:
+            message = protocol.OpenSource(source.name, source.kind, with_secrets(source, base, os.environ))
             packet = await worker.request(message, protocol.SourceOpened, timeout_s=LIMITS.load_timeout_s)
         except AgentError as e:
             raise type(e)(e.reason, f"source {source.name}: {e.message}", hint=e.hint) from e
@@ -119,9 +128,14 @@ async def probe(source: SourceConfig) -> protocol.SourceOpened:
 
 
 async def infer(
-    model: Path, image: Path, delegate: str, graph: Mapping[str, Any], outputs: Sequence[str]
+    model: Path,
+    image: Path,
+    delegate: str,
+    graph: Mapping[str, Any],
+    outputs: Sequence[str],
+    python: Path | None = None,
 ) -> tuple[protocol.ModelLoaded, protocol.Result]:
-    """Run `model` once on the picture `image`.
+    """Run `model` once on the picture `image`, in a worker under `python`.
 
     Raises:
         ModelError: the model or the picture is missing.
@@ -130,7 +144,7 @@ async def infer(
     model_format = format_of(model)
     if not image.is_file():
         raise ModelError(Reason.IMAGE_UNREADABLE, f"{image} does not exist", hint="name a PNG or JPEG file")
-    async with _supervisor() as supervisor:
+    async with _supervisor(python) as supervisor:
         specs = await _specs(supervisor, model, outputs)
         worker = await supervisor.spawn("model")
         loaded = await _load(worker, model, _load_message(model.name, model_format, delegate, graph, specs))
@@ -216,8 +230,10 @@ def _describe_error(done: subprocess.CompletedProcess[str], names: str) -> Model
 
 
 @contextlib.asynccontextmanager
-async def _supervisor() -> AsyncIterator[Supervisor]:
-    supervisor = Supervisor(listen=None, host_command=default_host_command(), on_lost=lambda: None)
+async def _supervisor(python: Path | None = None) -> AsyncIterator[Supervisor]:
+    if python is not None:
+        check_interpreter(python)
+    supervisor = Supervisor(listen=None, host_command=default_host_command(python), on_lost=lambda: None)
     await supervisor.start()
     try:
         yield supervisor

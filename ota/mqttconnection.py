@@ -31,6 +31,7 @@ PACKET_TOO_LARGE = 0x95
 # MQTT 5.0, 2.1.4: the largest packet the length field can express; the limit of a broker that names none.
 LARGEST_PACKET_BYTES = 268_435_460
 _RETAINED_NEVER = 2
+_MOST_LEFT = 64
 
 
 class Owner(Protocol):
@@ -69,6 +70,10 @@ class Connection:
         self._in_flight = settings.limits.in_flight
         self._leaving = False
         self._answer_by_s = 0.0
+        self._exact = frozenset(s.filter for s in settings.subscriptions)
+        # whoever asks with wildcards hears topics that it cannot name
+        self._tidies = settings.session_expiry_s > 0 and not any(set(f) & {"+", "#"} for f in self._exact)
+        self._left: set[str] = set()
 
     def run(self) -> BrokerError:
         """Connect and serve until the connection ends; returns why it ended.
@@ -290,12 +295,20 @@ class Connection:
         user = tuple(getattr(properties, "UserProperty", ()))
         payload = bytes(message.payload)
         self._book()
+        if self._tidies and topic not in self._exact:
+            self._leave_topic(client, topic)
         if len(user) > self._settings.limits.user_properties:
             self._counters.malformed += 1
             return
         expiry_s = getattr(properties, "MessageExpiryInterval", None)
         size = publish_bytes(topic, len(payload), message.qos, expiry_s, correlation, user)
         self._owner.deliver(Received(topic, payload, message.qos, message.retain, correlation, user, size))
+
+    def _leave_topic(self, client: paho.Client, topic: str) -> None:
+        """A session outlives the settings: what an earlier one subscribed to is paid for until somebody ends it."""
+        if topic and len(self._left) < _MOST_LEFT and topic not in self._left and not set(topic) & {"+", "#"}:
+            self._left.add(topic)
+            client.unsubscribe(topic)
 
     def _on_publish(
         self, client: paho.Client, data: Any, mid: int, code: ReasonCode, properties: Properties | None

@@ -12,7 +12,7 @@ import hashlib
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from ota import strictjson
@@ -66,7 +66,8 @@ class Delta:
 
 @dataclass(frozen=True, slots=True)
 class Component:
-    """One file of a release. `format` is `tflite`, `onnx` or `golden`; `delegates` are those the publisher allows."""
+    """One file of a release. `format` is `tflite`, `onnx`, `ovir` or `golden`; `delegates` are those the publisher
+    allows, `precision` the narrower numbers that floats may be computed in (`bf16`)."""
 
     name: str
     format: str
@@ -77,6 +78,7 @@ class Component:
     delegates: tuple[str, ...]
     inputs: tuple[Mapping[str, Any], ...]
     outputs: tuple[Mapping[str, Any], ...]
+    precision: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +99,10 @@ class Requires:
 
 @dataclass(frozen=True, slots=True)
 class Release:
-    """One release of a line. `graph` holds task, labels, preprocess, postprocess and golden tolerance, unread here."""
+    """One release of a line. `graph` holds task, labels, preprocess, postprocess and golden tolerance, unread here.
+
+    `order`: by device profile, the names of components from the most to the least promising, as the publisher measured.
+    """
 
     line: str
     version: str
@@ -112,6 +117,7 @@ class Release:
     metrics: Mapping[str, Any]
     sha256: str
     raw: bytes
+    order: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     def component(self, name: str) -> Component:
         """The component called `name`.
@@ -180,6 +186,7 @@ def parse(data: bytes) -> Release:
         metrics=top.mapping("metrics"),
         sha256=hashlib.sha256(data).hexdigest(),
         raw=data,
+        order=_order(top, names),
     )
 
 
@@ -207,7 +214,20 @@ def component_to_json(component: Component) -> dict[str, Any]:
         "delegates": list(component.delegates),
         "inputs": [dict(spec) for spec in component.inputs],
         "outputs": [dict(spec) for spec in component.outputs],
+        # left out where empty: most components, and all that an older agent knows
+        **({"precision": list(component.precision)} if component.precision else {}),
     }
+
+
+def _order(top: _Fields, names: list[str]) -> dict[str, tuple[str, ...]]:
+    if "order" not in top.raw:
+        return {}
+    fields = top.object("order")
+    found = {profile: fields.strings(profile, 16) for profile in fields.raw}
+    for profile, order in found.items():
+        if len(profile) > 64 or not set(order) <= set(names):
+            raise top.bad("order", f"{profile[:40]!r} does not list components of this release")
+    return found
 
 
 def _component(fields: _Fields) -> Component:
@@ -224,6 +244,7 @@ def _component(fields: _Fields) -> Component:
         delegates=fields.strings("delegates", 16),
         inputs=tuple(f.raw for f in fields.objects("inputs", 0, 16)),
         outputs=tuple(f.raw for f in fields.objects("outputs", 0, 16)),
+        precision=fields.strings("precision", 4) if "precision" in fields.raw else (),
     )
 
 

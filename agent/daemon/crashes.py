@@ -11,7 +11,7 @@ import logging
 from collections.abc import Callable, Coroutine
 from typing import Any, Protocol
 
-from agent.daemon.hosting import rejection
+from agent.daemon.rejections import rejection
 from agent.daemon.telemetry import Telemetry
 from agent.errors import Reason
 from ota.client.ports import Candidate, UpdateEvent

@@ -1,30 +1,38 @@
 """The updater's view of this board: choose a component, transform, self-test, activate, watch, revert.
 
 Implements `ota.client.ports.Host` over the workers. The last verdicts of each line are kept, so that a restart serves
-at once on the delegate that was measured before, and `choose` fetches only what can be expected to win.
+at once on the delegate that was measured before, and `choose` fetches only what can be expected to win. Invariants: no
+two trials measure at once; a line never runs below the rung it should run on without saying so, and not at all where
+its policy forbids that; what goes on in the background for a line ends before anything else is done with that line.
 """
 
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AsyncExitStack, nullcontext
-from dataclasses import replace
-from pathlib import Path
+from contextlib import nullcontext
+from typing import Any
 
+from agent import protocol
 from agent.config import Config
+from agent.daemon.background import Background
+from agent.daemon.compiled import CompiledModels
+from agent.daemon.contest import Contest
 from agent.daemon.lines import LineRuntime
-from agent.daemon.selection import Verdict, explain, failure, quantile, rank
+from agent.daemon.rejections import HEALING, REJECTIONS, busy, refusal, rejection
+from agent.daemon.rungs import Rungs, selection_status
+from agent.daemon.selection import Fall, Verdict, explain, figure, quantile, rank
 from agent.daemon.supervisor import Supervisor
-from agent.daemon.trials import Subject, TrialRunner, candidates, component_order, subject_of, transform
+from agent.daemon.trial import MAX_NAME_CHARS
+from agent.daemon.trials import Late, TrialRunner, candidates, component_order, subject_of, transform
+from agent.daemon.verdicts import Verdicts, stale
+from agent.daemon.worker import one_line
 from agent.errors import AgentError
 from agent.errors import Reason as AgentReason
 from agent.profile import Profile
-from ota import strictjson
 from ota.client.ports import Candidate, Choice, Probation, Tested
 from ota.errors import OtaError, PayloadError, Reason, Rejected
 from ota.release import Release
@@ -35,24 +43,6 @@ TRANSFORM_TIMEOUT_S = 120.0
 PROBATION_TICK_S = 0.1
 MAX_PROBATION_CRASHES = 2
 SYNTHETIC_BEATS = 3
-MAX_KEPT_VERDICTS = 32
-MAX_VERDICTS_BYTES = 1 << 20
-VERDICTS_NAME = "verdicts.json"
-
-# what a worker's fault means for the release under trial; all else is the device's own trouble
-_REJECTIONS = {
-    AgentReason.GOLDEN_MISMATCH: Reason.GOLDEN_MISMATCH,
-    AgentReason.WORKER_CRASHED: Reason.WORKER_CRASHED,
-    AgentReason.WORKER_HUNG: Reason.WORKER_HUNG,
-    AgentReason.WORKER_OUT_OF_MEMORY: Reason.WORKER_OUT_OF_MEMORY,
-    AgentReason.MODEL_UNLOADABLE: Reason.MODEL_UNLOADABLE,
-    AgentReason.MODEL_SHAPE: Reason.MODEL_UNLOADABLE,
-    AgentReason.UNKNOWN_FORMAT: Reason.MODEL_UNLOADABLE,
-    AgentReason.OVER_BUDGET: Reason.OVER_BUDGET,
-    AgentReason.RUNTIME_MISSING: Reason.NO_DELEGATE,
-    AgentReason.UNKNOWN_DELEGATE: Reason.NO_DELEGATE,
-    AgentReason.DELEGATE_FELL_BACK: Reason.NO_DELEGATE,
-}
 
 
 class ModelHost:
@@ -61,6 +51,8 @@ class ModelHost:
     Args:
         write: durable write of (name under the state directory, bytes).
         on_verdicts: called with (line, version, verdicts) after each trial.
+        on_event: called with (kind, facts) for falls, stale verdicts, slow compilers and what was learnt of delegates.
+        compiled: where what runtimes compiled is kept.
     """
 
     def __init__(
@@ -72,37 +64,50 @@ class ModelHost:
         *,
         write: Callable[[str, bytes], None],
         on_verdicts: Callable[[str, str, Sequence[Verdict]], None],
+        on_event: Callable[[str, dict[str, object]], None] = lambda *_: None,
+        compiled: CompiledModels | None = None,
     ) -> None:
+        self._compilations = compiled
         self._config = config
         self._profile = profile
         self._supervisor = supervisor
         self._lines = lines
-        self._write = write
         self._on_verdicts = on_verdicts
+        self._on_event = on_event
         self._trials = TrialRunner(supervisor, config.update)
-        self._lending = asyncio.Lock()
-        self._verdicts: dict[str, list[Verdict]] = _load_verdicts(config.state_dir / VERDICTS_NAME)
+        self._rungs = Rungs(profile, lines)
+        self._contest = Contest(self._trials, self._rungs, lines, on_event)
+        self._kept = Verdicts(config.state_dir, write, profile.name)
+        self._stale: dict[str, str] = {}
+        self._background = Background()
 
     def verdicts(self, line: str) -> list[Verdict]:
         """The last verdicts on every component of `line`; empty before the first trial."""
-        kept = self._verdicts.get(line, [])
-        newest: dict[str, str] = {}
-        for verdict in kept:
-            newest.setdefault(verdict.component, verdict.model)
-        return [v for v in kept if v.model == newest[v.component]]
+        return self._kept.of(line)
 
     def owners(self) -> dict[str, str]:
         """The line that owns each exclusive delegate in service."""
-        owned = {delegate: self._owner(delegate) for delegate in self._profile.exclusive}
-        return {delegate: line for delegate, line in owned.items() if line}
+        return self._rungs.owners()
+
+    def selection(self, line: str) -> dict[str, Any]:
+        """How the line's delegate is chosen, for status: by what, what should serve and does not, what is tried now."""
+        runtime = self._lines[line]
+        serving = runtime.serving
+        fallen = self._falls(serving.candidate, runtime, serving.verdict) if serving is not None else []
+        return selection_status(runtime.config, fallen, self._stale.get(line, ""), self._trials.at_work)
+
+    async def close(self) -> None:
+        """End what goes on in the background."""
+        await self._background.close()
 
     async def choose(self, release: Release) -> Choice:
         """See `ota.client.ports.Host.choose`."""
         runtime = self._line(release.line)
-        last = rank(self.verdicts(release.line))
-        order = component_order(release, self._ladder(runtime), last[0] if last else None)
+        last = self.verdicts(release.line)
+        objective = runtime.config.objective
+        order = component_order(release, self._rungs.ladder(runtime), last, self._profile.name, objective)
         if not order:
-            self._refuse_taken(runtime, candidates(release.components, self._allowed(runtime)))
+            self._rungs.refuse_taken(runtime, candidates(release.components, self._rungs.allowed(runtime)))
             raise Rejected(
                 Reason.NO_DELEGATE,
                 f"{release.line} {release.version} has no component that profile {self._profile.name} can run",
@@ -111,7 +116,7 @@ class ModelHost:
         explore = runtime.config.explore
         wanted = explore == "always" or (explore == "unmetered" and not self._config.update.metered)
         # without a verdict nothing is known about this line here: look at all components once
-        return Choice(tuple(order), together=wanted and not last)
+        return Choice(tuple(order), together=wanted and not rank(last))
 
     async def transform(self, codec: str, out_length: int, payload_fd: int, base_fd: int | None) -> int:
         """See `ota.client.ports.Host.transform`."""
@@ -121,52 +126,65 @@ class ModelHost:
             )
         except AgentError as e:
             if e.reason is AgentReason.WORKER_UNAVAILABLE:
-                raise _busy(e) from e
-            if e.reason in _REJECTIONS:
-                raise Rejected(_REJECTIONS[e.reason], e.message, hint=e.hint) from e
+                raise busy(e) from e
+            if e.reason in REJECTIONS:
+                raise Rejected(REJECTIONS[e.reason], e.message, hint=e.hint) from e
             reason = Reason.DELTA_CORRUPT if base_fd is not None else Reason.PAYLOAD_CORRUPT
             raise PayloadError(reason, e.message, hint=e.hint) from e
 
     def exclusive(self, candidate: Candidate) -> Sequence[str]:
         """See `ota.client.ports.Host.exclusive`."""
-        ladder = self._ladder(self._line(candidate.line))
+        ladder = self._rungs.ladder(self._line(candidate.line))
         tried = {delegate for _, delegate in candidates(candidate.components, ladder)}
-        return [delegate for delegate in self._profile.exclusive if delegate in tried]
+        return [delegate for delegate in self._rungs.exclusive if delegate in tried]
 
     async def self_test(self, candidate: Candidate) -> Tested:
         """See `ota.client.ports.Host.self_test`."""
+        await self._background.settle(candidate.line)
+        return await self._self_test(candidate)
+
+    async def _self_test(self, candidate: Candidate) -> Tested:
         runtime = self._line(candidate.line)
-        pairs = candidates(candidate.components, self._ladder(runtime))
+        pairs = candidates(candidate.components, self._rungs.ladder(runtime))
         if not pairs:
-            self._refuse_taken(runtime, candidates(candidate.components, self._allowed(runtime)))
+            self._rungs.refuse_taken(runtime, candidates(candidate.components, self._rungs.allowed(runtime)))
             raise Rejected(
                 Reason.NO_DELEGATE,
                 f"no delegate allowed on this device runs {candidate.component.name}",
                 hint="see delegates in agent.toml and the device profile",
             )
+        subject = subject_of(candidate, runtime.config.threads, runtime.config.min_coverage, self._compilations)
+        later = None if runtime.config.fallback == "error" else lambda late: self._compiles(candidate, late)
         try:
-            verdicts = await self._try(runtime, subject_of(candidate), pairs)
+            verdicts = self._stamped(candidate, await self._contest.run(runtime, subject, pairs, later))
         except AgentError as e:
-            raise _busy(e) from e
-        models = {component.name: component.plain_sha256 for component in candidate.components}
-        verdicts = [replace(v, model=models[v.component]) for v in verdicts]
+            raise busy(e) from e
         self._on_verdicts(candidate.line, candidate.version, verdicts)
-        ranked = rank(verdicts)
+        open_elsewhere = next((v for v in verdicts if v.reason == AgentReason.DELEGATE_BUSY.value), None)
+        if open_elsewhere is not None:
+            # waiting may take long, and still nothing below it is chosen because of it
+            raise OtaError(Reason.BUSY, open_elsewhere.message, hint="it is tried again by itself", retry=True)
+        objective = runtime.config.objective
+        ranked = rank(verdicts, objective)
         if not ranked:
-            bad = failure(verdicts)
-            raise Rejected(
-                _REJECTIONS.get(AgentReason(bad.reason), Reason.WORKER_CRASHED),
-                f"{candidate.line} {candidate.version} on {bad.requested}: {bad.message}",
-                hint="the release is quarantined here; publish a newer one",
-            )
-        log.info("line %s %s: %s", candidate.line, candidate.version, explain(verdicts))
-        self._keep(candidate.line, verdicts)
+            raise refusal(f"{candidate.line} {candidate.version}", verdicts)
+        log.info("line %s %s: %s", candidate.line, candidate.version, explain(verdicts, objective))
+        self._kept.keep(candidate.line, verdicts)
+        self._stale.pop(candidate.line, None)
         best = ranked[0]
+        self._refuse_fall(candidate, runtime, best)
         return Tested(best.component, best.requested, best.p50_ms, best.p95_ms, best.load_ms, best.rss_bytes)
 
     async def activate(self, candidate: Candidate, tested: Tested) -> None:
         """See `ota.client.ports.Host.activate`."""
+        runtime = self._line(candidate.line)
         await self._serve(candidate, self._verdict(candidate, tested.component, tested.delegate))
+        # what compiled for long may have come in between
+        ladder, config = self._rungs.ladder(runtime), runtime.config
+        for component in candidate.components:
+            model = component.plain_sha256
+            if late := self._kept.best(candidate.line, model, ladder, config.threads, config.objective):
+                await self._improve(candidate, late)
 
     async def probation(self, candidate: Candidate) -> Probation:
         """See `ota.client.ports.Host.probation`."""
@@ -185,6 +203,7 @@ class ModelHost:
 
     async def revert(self, line: str, previous: Candidate | None) -> None:
         """See `ota.client.ports.Host.revert`."""
+        await self._background.settle(line)
         runtime = self._line(line)
         if previous is None:
             await runtime.stop()
@@ -199,41 +218,55 @@ class ModelHost:
         Raises:
             OtaError: it cannot be served now; where a verdict is known the line goes on trying.
         """
+        await self._background.settle(candidate.line)
         runtime, model = self._line(candidate.line), candidate.component.plain_sha256
+        config = runtime.config
         while True:
-            ladder, ranked = self._ladder(runtime), rank(self._verdicts.get(candidate.line, []))
-            best = next((v for v in ranked if v.model == model and v.requested in ladder), None)
-            if best is None:
-                tested = await self.self_test(candidate)
+            ladder = self._rungs.ladder(runtime)
+            best = self._kept.best(candidate.line, model, ladder, config.threads, config.objective)
+            fallen = self._falls(candidate, runtime, best) if best is not None else []
+            if best is None or (fallen and config.fallback == "error"):
+                # where the policy forbids to fall, what failed another day is asked anew
+                tested = await self._self_test(candidate)
                 best = self._verdict(candidate, tested.component, tested.delegate)
             try:
-                return await self._serve(candidate, best)
+                await self._serve(candidate, best)
             except OtaError:
-                if self._owner(best.requested, runtime):
+                if self._rungs.owner(best.requested, runtime):
                     continue  # another line came first: on what is left
                 runtime.keep_trying(candidate, best)
                 raise
+            if any(fall.reason in HEALING for fall in fallen):
+                self._background.spawn(candidate.line, self._again(candidate))
+            return
 
     async def _serve(self, candidate: Candidate, verdict: Verdict) -> None:
-        runtime, exclusive = self._line(candidate.line), verdict.requested in self._profile.exclusive
+        runtime, exclusive = self._line(candidate.line), verdict.requested in self._rungs.exclusive
+        runtime.on_loaded = self._loaded
+        self._refuse_fall(candidate, runtime, verdict)
         try:
             # a trial of another line may have it open
-            async with self._lending if exclusive else nullcontext():
+            async with self._contest.lending if exclusive else nullcontext():
                 # another line may have come first while this one was tried
-                self._refuse_taken(runtime, [(verdict.component, verdict.requested)])
+                self._rungs.refuse_taken(runtime, [(verdict.component, verdict.requested)])
                 await runtime.serve(candidate, verdict, alone=exclusive and runtime.holds(verdict.requested))
         except AgentError as e:
-            if e.reason is AgentReason.WORKER_UNAVAILABLE:
-                raise _busy(e) from e  # no source, no host: that is no verdict on the release
-            reason = _REJECTIONS.get(e.reason, Reason.WORKER_CRASHED)
+            if e.reason in (AgentReason.WORKER_UNAVAILABLE, AgentReason.DELEGATE_BUSY):
+                raise busy(e) from e  # no source, no host, no turn: that is no verdict on the release
+            reason = rejection(e.reason)
             raise Rejected(reason, f"{candidate.line} {candidate.version}: {e.message}", hint=e.hint) from e
+        for fall in self._falls(candidate, runtime, verdict):
+            facts = {"line": candidate.line, "version": candidate.version, "wanted": fall.wanted}
+            self._on_event(
+                "delegate_fell", {**facts, "reason": fall.reason, "message": fall.message, "using": fall.using}
+            )
 
     def _check_probation(self, candidate: Candidate, runtime: LineRuntime) -> None:
         tally, budget = runtime.tally, candidate.release.budgets.p95_ms
         if tally.crashes >= MAX_PROBATION_CRASHES:
             cause = tally.last_crash or AgentReason.WORKER_CRASHED
             raise Rejected(
-                _REJECTIONS.get(cause, Reason.WORKER_CRASHED),
+                rejection(cause),
                 f"{candidate.line} {candidate.version} ended {tally.crashes} times in probation",
             )
         if budget is not None and tally.results >= 100 and quantile(tally.recent_ms, 0.95) > budget:
@@ -251,8 +284,8 @@ class ModelHost:
                 await runtime.heartbeat(golden, tested, dict(candidate.release.graph.get("golden", {})))
             except AgentError as e:
                 if e.reason is AgentReason.WORKER_UNAVAILABLE:
-                    raise _busy(e) from e
-                reason = _REJECTIONS.get(e.reason, Reason.PROBATION_FAILED)
+                    raise busy(e) from e
+                reason = rejection(e.reason, Reason.PROBATION_FAILED)
                 raise Rejected(reason, f"{candidate.line} {candidate.version}: {e.message}") from e
             finally:
                 os.close(golden)
@@ -260,10 +293,11 @@ class ModelHost:
 
     def _verdict(self, candidate: Candidate, component: str, delegate: str) -> Verdict:
         model = candidate.release.component(component).plain_sha256
-        for verdict in self._verdicts.get(candidate.line, []):
-            if (verdict.model, verdict.requested) == (model, delegate):
-                return verdict
-        return Verdict(component, delegate, model=model)
+        return self._kept.find(candidate.line, component, model, delegate)
+
+    def _stamped(self, candidate: Candidate, verdicts: Sequence[Verdict]) -> list[Verdict]:
+        models = {component.name: component.plain_sha256 for component in candidate.components}
+        return self._kept.stamp(verdicts, models, self._line(candidate.line).config.threads)
 
     def _line(self, name: str) -> LineRuntime:
         if name not in self._lines:
@@ -272,79 +306,90 @@ class ModelHost:
             )
         return self._lines[name]
 
-    def _ladder(self, runtime: LineRuntime) -> tuple[str, ...]:
-        """The delegates that the line may use now: one that a single process may have open is the line's it serves."""
-        return tuple(name for name in self._allowed(runtime) if not self._owner(name, runtime))
+    # --- falls -------------------------------------------------------------------------------------------------------
 
-    def _allowed(self, runtime: LineRuntime) -> tuple[str, ...]:
-        return runtime.config.delegates or self._profile.delegates
+    def _falls(self, candidate: Candidate, runtime: LineRuntime, verdict: Verdict) -> list[Fall]:
+        known = self._kept.about(candidate.line, [c.plain_sha256 for c in candidate.release.components])
+        return self._rungs.falls(runtime, candidate.release, verdict.requested, known)
 
-    def _owner(self, delegate: str, but: LineRuntime | None = None) -> str:
-        """The line, other than `but`, that owns an exclusive delegate; empty for none and for any other delegate."""
-        if delegate not in self._profile.exclusive:
-            return ""
-        return next((name for name, line in self._lines.items() if line is not but and line.holds(delegate)), "")
-
-    def _refuse_taken(self, runtime: LineRuntime, pairs: Sequence[tuple[str, str]]) -> None:
-        """Say "not now" when one of the (component, delegate) `pairs` needs what another line owns.
+    def _refuse_fall(self, candidate: Candidate, runtime: LineRuntime, verdict: Verdict) -> None:
+        """Where the line's policy forbids it, nothing runs below the rung that should serve.
 
         Raises:
-            Rejected: `busy`.
+            Rejected: the release is at fault that a rung does not serve, or `busy`: another line has it.
+            OtaError: the board is.
         """
-        for _, delegate in pairs:
-            if owner := self._owner(delegate, runtime):
-                raise Rejected(
-                    Reason.BUSY,
-                    f"{delegate} serves line {owner}, and one process alone may have it open",
-                    hint=f"allow line {runtime.config.name} or {owner} another delegate in agent.toml",
-                    retry=True,
-                )
+        fallen = self._falls(candidate, runtime, verdict) if runtime.config.fallback == "error" else []
+        if not fallen:
+            return
+        fall = fallen[0]
+        said = f"{candidate.line} {candidate.version} may not fall back to {fall.using}: {fall.wanted}: {fall.message}"
+        hint = f'mend {fall.wanted}, or set fallback = "allow" in agent.toml'
+        if fall.reason in (AgentReason.DELEGATE_TAKEN.value, AgentReason.DELEGATE_BUSY.value):
+            raise Rejected(Reason.BUSY, said, hint=hint, retry=True)
+        reason = rejection(AgentReason(fall.reason))
+        if fall.reason in HEALING:
+            raise OtaError(reason, said, hint=hint, retry=True)
+        raise Rejected(reason, said, hint=hint)
 
-    async def _try(self, runtime: LineRuntime, subject: Subject, pairs: Sequence[tuple[str, str]]) -> list[Verdict]:
-        """Try `pairs`: what needs an exclusive delegate one after the other, while nothing else has it open."""
-        alone = [pair for pair in pairs if pair[1] in self._profile.exclusive]
-        beside = [pair for pair in pairs if pair not in alone]
-        found = dict(zip(beside, await self._trials.run(subject, beside), strict=True))
-        async with AsyncExitStack() as stack:
-            if alone:
-                await stack.enter_async_context(self._lending)
-                # another line may have come first while this one waited
-                self._refuse_taken(runtime, alone)
-            if any(runtime.holds(delegate) for _, delegate in alone):
-                await stack.enter_async_context(runtime.lend())
-            for pair in alone:
-                (found[pair],) = await self._trials.run(subject, [pair])
-        return [found[pair] for pair in pairs]
+    # --- in the background -------------------------------------------------------------------------------------------
 
-    def _keep(self, line: str, verdicts: Sequence[Verdict]) -> None:
-        """A trial says nothing new about other files, the release before among them: their older verdicts stay."""
-        tried = {v.model for v in verdicts}
-        older = [v for v in self._verdicts.get(line, []) if v.model not in tried]
-        self._verdicts[line] = [*verdicts, *older][:MAX_KEPT_VERDICTS]
-        document = {name: [v.to_json() for v in kept] for name, kept in self._verdicts.items()}
+    def _loaded(self, candidate: Candidate, verdict: Verdict, loaded: protocol.ModelLoaded) -> None:
+        """A worker that serves says on what: a verdict of another runtime or driver is made anew beside it.
+
+        Raises:
+            AgentError: `delegate_fell_back`: it is not what was asked for.
+        """
+        if loaded.actual != verdict.requested:
+            raise AgentError(AgentReason.DELEGATE_FELL_BACK, f"asked for {verdict.requested}, got {loaded.actual}")
+        why = stale(verdict, one_line(loaded.runtime)[:MAX_NAME_CHARS], one_line(loaded.driver)[:MAX_NAME_CHARS])
+        if not why or candidate.line in self._stale:
+            return
+        self._stale[candidate.line] = f"{verdict.requested}: {why}"
+        log.warning("line %s: the verdict on %s is not used any more: %s", candidate.line, verdict.requested, why)
+        facts: dict[str, object] = {"line": candidate.line, "delegate": verdict.requested, "message": why}
+        self._on_event("verdict_stale", facts)
+        self._background.spawn(candidate.line, self._again(candidate))
+
+    async def _again(self, candidate: Candidate) -> None:
+        """Try what serves once more on everything, and serve on what is best now."""
         try:
-            self._write(VERDICTS_NAME, json.dumps(document, indent=1).encode())
-        except OtaError as e:
-            log.warning("verdicts are not kept: %s", e.message, extra={"reason": e.reason.value})
+            tested = await self._self_test(candidate)
+            await self._improve(candidate, self._verdict(candidate, tested.component, tested.delegate))
+        except (AgentError, OtaError) as e:
+            log.error("line %s: no new verdict: %s", candidate.line, e.message, extra={"reason": e.reason.value})
 
+    def _compiles(self, candidate: Candidate, late: Late) -> None:
+        facts: dict[str, object] = {"line": candidate.line, "version": candidate.version, "delegate": late.delegate}
+        self._on_event("delegate_compiling", {**facts, "limit_s": self._config.update.compile_timeout_s})
+        self._background.spawn(candidate.line, self._compiled(candidate, late))
 
-def rejection(reason: AgentReason, otherwise: Reason) -> Reason:
-    """What a worker's fault is called in an update."""
-    return _REJECTIONS.get(reason, otherwise)
+    async def _compiled(self, candidate: Candidate, late: Late) -> None:
+        """Serve on what has compiled at last, if it is better than what serves."""
+        try:
+            await late.compiled()
+            async with self._contest.measuring:
+                (verdict,) = self._stamped(candidate, [await late.verdict()])
+            self._kept.keep(candidate.line, [verdict])
+            facts: dict[str, object] = {"line": candidate.line, "delegate": verdict.requested}
+            self._on_event(
+                "delegate_compiled",
+                {**facts, "reason": verdict.reason, "message": verdict.message, "load_ms": verdict.load_ms},
+            )
+            if verdict.passed:
+                await self._improve(candidate, verdict)
+        except (AgentError, OtaError) as e:
+            log.error("line %s: %s", candidate.line, e.message, extra={"reason": e.reason.value})
+        finally:
+            await late.close()
 
-
-def _busy(error: AgentError) -> OtaError:
-    """The device's own trouble, which the next look may find gone."""
-    return OtaError(Reason.BUSY, error.message, hint=error.hint, retry=True)
-
-
-def _load_verdicts(path: Path) -> dict[str, list[Verdict]]:
-    """Kept verdicts; a damaged file only costs a new trial."""
-    try:
-        data = strictjson.loads(path.read_bytes(), max_bytes=MAX_VERDICTS_BYTES, what=path.name)
-        return {line: [Verdict(**item) for item in items] for line, items in data.items()}
-    except FileNotFoundError:
-        return {}
-    except (OSError, OtaError, TypeError, AttributeError) as e:
-        log.warning("%s is unreadable and will be made anew: %s", path, e)
-        return {}
+    async def _improve(self, candidate: Candidate, verdict: Verdict) -> None:
+        """Serve `candidate` on what `verdict` is about, if that is better for the line than what serves it now."""
+        runtime = self._line(candidate.line)
+        serving, objective = runtime.serving, runtime.config.objective
+        if serving is None or serving.candidate.release.sha256 != candidate.release.sha256:
+            return
+        now = self._verdict(candidate, serving.verdict.component, serving.verdict.requested)
+        same = (now.component, now.requested) == (verdict.component, verdict.requested)
+        if not same and (not now.passed or figure(verdict, objective) < figure(now, objective)):
+            await self._serve(candidate, verdict)

@@ -11,21 +11,24 @@ from __future__ import annotations
 import asyncio
 import collections
 import logging
-import os
 import time
+import weakref
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
 
 from agent import protocol
-from agent.config import LineConfig, UpdateConfig
+from agent.config import UpdateConfig
+from agent.daemon.compiled import CompiledModels, keeping_nothing
+from agent.daemon.fusedsource import FusedSource
+from agent.daemon.ruling import Ruling
 from agent.daemon.selection import Verdict
+from agent.daemon.serving import Serving, Starts
 from agent.daemon.sources import SourceRuntime
 from agent.daemon.supervisor import BACKOFF_S, Supervisor
 from agent.daemon.tally import Tally
-from agent.daemon.trials import load_message
 from agent.daemon.worker import Exit, Worker, fault_error
 from agent.errors import AgentError, Reason, WorkerError
+from agent.lineconfig import LineConfig
 from ota.client.ports import Candidate
 from ota.errors import OtaError
 
@@ -35,17 +38,6 @@ FINISH_TIMEOUT_S = 5.0
 WATCH_INTERVAL_S = 2.0
 STABLE_S = 60.0
 DEATH_NEWS_S = 0.5
-
-
-@dataclass(frozen=True)
-class Serving:
-    """The worker in charge. `reader` is its number at the source, `since` the monotonic time at which it came up."""
-
-    worker: Worker
-    candidate: Candidate
-    verdict: Verdict
-    reader: int
-    since: float = field(default_factory=time.monotonic)
 
 
 class LineRuntime:
@@ -67,6 +59,7 @@ class LineRuntime:
         on_result: Callable[[str, protocol.Result], None],
         on_event: Callable[[str, dict[str, object]], None],
         on_crash: Callable[[str, Candidate, Reason], None] = lambda *_: None,
+        compiled: CompiledModels | None = None,
     ) -> None:
         self.config = config
         self.source = source
@@ -74,14 +67,17 @@ class LineRuntime:
         self.tally = Tally()
         self.restarts = 0
         self.results = 0
+        self.unchanged = 0
         self._supervisor = supervisor
         self._limits = limits
         self._on_result = on_result
         self._on_event = on_event
         self._on_crash = on_crash
         self._lock = asyncio.Lock()
-        self._finished: dict[int, asyncio.Future[protocol.Finished]] = {}
-        self._backoff_s = BACKOFF_S[0]
+        self._finished: weakref.WeakKeyDictionary[Worker, asyncio.Future[protocol.Finished]] = (
+            weakref.WeakKeyDictionary()
+        )
+        self._backoff_s = 0.0  # after a long good time, one is replaced at once
         self._revive: asyncio.Task[None] | None = None
         self._replaced: Serving | None = None
         self._watch: asyncio.Task[None] | None = None
@@ -92,7 +88,10 @@ class LineRuntime:
         self._last_result = 0.0
         self._last_seqs: collections.deque[int] = collections.deque(maxlen=1024)
         self._wanted: tuple[Candidate, Verdict] | None = None
-        self._delegates: dict[Worker, str] = {}
+        self.on_loaded: Callable[[Candidate, Verdict, protocol.ModelLoaded], None] = lambda *_: None
+        self.ruling: Ruling | None = None
+        told = (self._said, lambda *facts: self.on_loaded(*facts))
+        self._starts = Starts(config, source, supervisor, limits, *told, compiled or keeping_nothing())
         self._gap_since: float | None = None
 
     @property
@@ -104,7 +103,7 @@ class LineRuntime:
     def holds(self, delegate: str) -> bool:
         """Whether this line owns `delegate`: a worker of it lives there, or is to serve there."""
         wanted = self._wanted is not None and self._wanted[1].requested == delegate
-        return wanted or any(name == delegate and not w.exited.done() for w, name in self._delegates.items())
+        return wanted or self._starts.holds(delegate)
 
     async def serve(self, candidate: Candidate, verdict: Verdict, *, alone: bool = False) -> int | None:
         """Make `candidate` serve, beside the present worker where there is one, or `alone`, after its end.
@@ -119,7 +118,7 @@ class LineRuntime:
         try:
             async with self._lock:
                 self._cancel_revival()
-                if alone:
+                if alone or isinstance(self.source, FusedSource):
                     await self._vacate()
                 return await self._put_to_work(candidate, verdict, fresh=True)
         except BaseException:
@@ -151,12 +150,9 @@ class LineRuntime:
                 await old.worker.stop()
             finally:
                 old.worker.kill()  # nobody else knows of it, should this have been cancelled
+                self._no_more_of(old.worker.number + 1)
         await asyncio.gather(*self._retiring)
-        # a start that was called off killed its worker and did not wait: it may have the hardware open still
-        for worker in self._delegates:
-            worker.kill()
-        if leaving := [worker.exited for worker in self._delegates if not worker.exited.done()]:
-            await asyncio.wait(leaving)
+        await self._starts.end_all()
 
     def keep_trying(self, candidate: Candidate, verdict: Verdict) -> None:
         """Go on trying to make `candidate` serve, with back-off, until it does or something else is put to work."""
@@ -179,7 +175,9 @@ class LineRuntime:
                 old, self.serving = self.serving, None
                 self.source.detach(old.reader, "stopped")
                 await old.worker.stop()
+                self._no_more_of(old.worker.number + 1)
             await asyncio.gather(*self._retiring)
+            self._supervisor.keep_warm(self.config.name, "")
 
     def answered(self, seq: int) -> bool:
         """Whether a result for frame `seq`, one of the last 1024, came."""
@@ -211,7 +209,11 @@ class LineRuntime:
         """Bring `candidate` up and move the frames over to it; the lock is held. `fresh` starts another tally."""
         old = self.serving
         live = old is not None and not old.worker.exited.done()
-        new = await self._bring_up(candidate, verdict, active=not live)
+        wish = None if self.ruling is None else self.ruling.wish
+        new = await self._starts.start(candidate, verdict, wish, active=not live)
+        if isinstance(self.source, FusedSource):
+            self._last_seqs.clear()  # its frames are counted anew
+        new.worker.on_exit = lambda end: self._ended(new.worker, end)
         if old is None or not live:
             self._adopt(new, fresh)
             return None
@@ -249,6 +251,7 @@ class LineRuntime:
 
     def _adopt(self, new: Serving, fresh: bool) -> None:
         """From now on `new` serves; what befell it before it was in charge is made up for."""
+        self._no_more_of(new.worker.number)
         self.serving = new
         self._up_since = time.monotonic()
         if self._gap_since is not None:
@@ -258,53 +261,29 @@ class LineRuntime:
             self.tally = Tally()
         if self._watch is None:
             self._watch = asyncio.create_task(self._watch_serving(), name=f"watch {self.config.name}")
-        finished = self._finished.get(new.worker.number)
+        finished = self._finished.get(new.worker)
         if new.worker.exited.done():
             self._ended(new.worker, new.worker.exited.result())
         elif finished is not None and finished.done():
             self._ended_by_us = new.worker
             new.worker.kill()
 
-    async def _bring_up(self, candidate: Candidate, verdict: Verdict, *, active: bool) -> Serving:
-        worker = await self._supervisor.spawn("model")
-        self._delegates = {w: name for w, name in self._delegates.items() if not w.exited.done()}
-        self._delegates[worker] = verdict.requested
-        worker.on_message = lambda packet: self._said(worker, packet)
-        try:
-            model = await candidate.open(verdict.component)
-            try:
-                await worker.request(
-                    load_message(candidate, verdict.component, verdict.requested, self.config.threads),
-                    protocol.ModelLoaded,
-                    fds=(model,),
-                    timeout_s=self._limits.load_timeout_s,
-                )
-            finally:
-                os.close(model)
-            reader, warm_ms = await self.source.attach(
-                self.config.name, worker, active=active, timeout_s=self._limits.load_timeout_s
-            )
-        except BaseException:
-            worker.kill()  # also when cancelled: nobody else knows of it yet
-            self._finished.pop(worker.number, None)
-            raise
-        log.info("line %s: %s %s on %s, warm in %.0f ms", self.config.name, candidate.line, candidate.version,
-                 verdict.requested, warm_ms)  # fmt: skip
-        worker.on_exit = lambda end: self._ended(worker, end)
-        return Serving(worker, candidate, verdict, reader)
-
     async def _retire(self, old: Serving) -> None:
         worker = old.worker
-        finished = self._finished.setdefault(worker.number, asyncio.get_running_loop().create_future())
+        finished = self._finished.setdefault(worker, asyncio.get_running_loop().create_future())
         try:
             await asyncio.wait((finished, worker.exited), timeout=FINISH_TIMEOUT_S, return_when=asyncio.FIRST_COMPLETED)
             await worker.stop()
         finally:
             worker.kill()  # nobody else knows of it, should whoever waits for this have been cancelled
-            self._finished.pop(worker.number, None)
+            self._finished.pop(worker, None)
 
     def _said(self, worker: Worker, packet: protocol.Packet) -> None:
+        if isinstance(self.source, FusedSource) and self.source.heard(worker, packet):
+            return
         message = packet.message
+        if self.ruling is not None and self.ruling.heard(packet, worker.number):
+            return packet.close()
         packet.close()
         if isinstance(message, protocol.Result):
             self.results += 1
@@ -313,8 +292,12 @@ class LineRuntime:
             if self.serving is not None and self.serving.worker is worker:
                 self.tally.add(message)
             self._on_result(self.config.name, message)
+        elif isinstance(message, protocol.Unchanged):
+            self.unchanged += 1
+            self._last_result = time.monotonic()
+            self._last_seqs.append(message.seq)
         elif isinstance(message, protocol.Finished):
-            future = self._finished.setdefault(worker.number, asyncio.get_running_loop().create_future())
+            future = self._finished.setdefault(worker, asyncio.get_running_loop().create_future())
             if not future.done():
                 future.set_result(message)
             if self.serving is not None and self.serving.worker is worker and worker is not self._leaving:
@@ -326,17 +309,24 @@ class LineRuntime:
             log.error("line %s: %s", self.config.name, fault.message, extra={"reason": fault.reason.value})
             worker.kill()
 
+    def _no_more_of(self, successor: int) -> None:
+        """Of the workers before number `successor` rules hear nothing more."""
+        if self.ruling is not None:
+            self.ruling.interrupted(successor)
+
     def _ended(self, worker: Worker, end: Exit) -> None:
-        self._finished.pop(worker.number, None)
+        self._finished.pop(worker, None)
+        sources = isinstance(self.source, FusedSource) and self.source.ended(worker, end)
         if self.serving is None or self.serving.worker is not worker:
             return
-        ours = worker is self._ended_by_us or end.lost
+        self._no_more_of(worker.number + 1)
+        ours = worker is self._ended_by_us or end.lost or sources
         if not ours:
             self.tally.crashes += 1
             self.tally.last_crash = end.reason
         self._on_event("worker_exit", {"line": self.config.name, "reason": end.reason.value, "detail": str(end)})
         if time.monotonic() - self._up_since > STABLE_S:
-            self._backoff_s = BACKOFF_S[0]
+            self._backoff_s = 0.0
         if self._revive is None or self._revive.done() or self._replaced is not self.serving:
             # else somebody is to take its place already, and it is not wanted back
             self.keep_trying(self.serving.candidate, self.serving.verdict)
@@ -354,7 +344,7 @@ class LineRuntime:
         """Start `candidate` with back-off, until it serves or something else than `lost` does."""
         while True:
             await asyncio.sleep(self._backoff_s)
-            self._backoff_s = min(2 * self._backoff_s, BACKOFF_S[1])
+            self._backoff_s = min(max(2 * self._backoff_s, BACKOFF_S[0]), BACKOFF_S[1])
             async with self._lock:
                 if self.serving is not lost:
                     return

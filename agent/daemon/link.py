@@ -20,7 +20,7 @@ from agent.daemon import commands
 from agent.daemon.commands import Command, Gate, Hint, Refusal
 from agent.daemon.seen import Seen
 from agent.daemon.telemetry import Batch, Telemetry
-from agent.daemon.topics import Topics
+from agent.daemon.topics import INPUT, Topics
 from agent.daemon.uplink import Uplink
 from agent.errors import AgentError
 from ota.client.transports.mqtt import MqttTransport
@@ -77,14 +77,15 @@ class LinkSettings:
 
 @dataclass(frozen=True, slots=True)
 class Orders:
-    """What the daemon does when asked; both return at once and leave the work to a task.
+    """What the daemon does when asked; all return at once and leave the work to a task.
 
     `command` carries out an admitted command or raises AgentError or OtaError to refuse it; `hint` is told after how
-    many seconds to check for updates.
+    many seconds to check for updates; `sample` gets what was published for one of the device's inputs.
     """
 
     command: Callable[[Command], None]
     hint: Callable[[Hint, float], None]
+    sample: Callable[[str, Received], None] = lambda name, message: None
 
 
 @dataclass(frozen=True, slots=True)
@@ -274,6 +275,8 @@ class Link:
             self._command(message)
         elif suffix == "hint":
             self._hint(message)
+        elif suffix is not None and suffix.startswith(INPUT):
+            self._orders.sample(suffix.removeprefix(INPUT), message)
         else:
             self.ignored += 1
 
@@ -385,11 +388,7 @@ class Link:
             settings.port,
             tls,
             topics.device,
-            subscriptions=(
-                Subscription(topics.of("cmd"), qos=1),
-                Subscription(topics.of("blk/data"), qos=0),
-                Subscription(topics.hint, qos=1),
-            ),
+            subscriptions=tuple(Subscription(topic, qos=qos) for topic, qos in topics.heard),
             session_expiry_s=settings.session_expiry_s,
             will=lambda number: Will(
                 topics.of("status"), self._status_payload("offline", number), settings.will_delay_s

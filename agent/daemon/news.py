@@ -80,5 +80,10 @@ class News:
 
     def source_state(self, source: SourceRuntime) -> None:
         """A source changed its state."""
-        facts = {"source": source.config.name, "state": source.state, "detail": source.detail}
+        facts = {
+            "source": source.config.name,
+            "state": source.state,
+            "reason": source.reason,
+            "detail": source.detail,
+        }
         self._telemetry.event("source", facts, alarm=source.state in ("stale", "reconnecting"))

@@ -29,10 +29,16 @@ def source_status(source: SourceRuntime) -> dict[str, Any]:
         "state": source.state,
         "reason": source.reason,
         "detail": source.detail,
+        "isolation": source.isolation,
         "frames": source.frames,
+        "drops": dict(source.drops),
+        "reconnects": source.reconnects,
         "restarts": source.restarts,
+        "age_s": None if source.age_s is None else round(source.age_s, 1),
         "size": opened.size if opened else "",
         "fps": opened.fps if opened else 0.0,
+        "measured_fps": round(source.fps, 1),
+        **({"samples": dict(source.samples)} if source.samples else {}),
     }
 
 
@@ -55,6 +61,8 @@ def line_status(
         "worker_pid": serving.worker.pid if serving else 0,
         "fps": round(fps, 2),
         "results": runtime.results,
+        "unchanged": runtime.unchanged,
+        "rules": runtime.ruling.lasting() if runtime.ruling is not None else {},
         "dropped": {key.removeprefix("dropped_"): n for key, n in counts.items() if key.startswith("dropped_")},
         "restarts": runtime.restarts,
         "p50_ms": stages.get("latency", {}).get("p50", 0.0),

@@ -63,7 +63,7 @@ def is_marked(state_dir: Path) -> bool:
 
 
 def wipe(state_dir: Path) -> None:
-    """Destroy the keys and remove what they sealed; again is well.
+    """Destroy the keys, remove what they sealed and what says when something was seen here; again is well.
 
     Raises:
         StoreError: `io_error`.
@@ -74,7 +74,7 @@ def wipe(state_dir: Path) -> None:
 
 
 def _remove_sealed(fs: Fs) -> None:
-    for folder in ("store", "inbox"):
+    for folder in ("store", "inbox", "compiled", "captures"):
         for name in fs.names(folder):
             fs.remove(f"{folder}/{name}")
 

@@ -19,9 +19,7 @@ from typing import Any
 from agent import config, profile
 from agent.config import Config
 from agent.daemon.control import Reply, Route, json_reply
-from agent.daemon.lines import LineRuntime
-from agent.daemon.link import Link
-from agent.daemon.sources import SourceRuntime
+from agent.daemon.working import Working
 from agent.errors import AgentError, ConfigError, ControlError, Reason
 from ota.client import settings
 from ota.client.configuration import Configuration
@@ -141,22 +139,6 @@ def facts(outcome: Outcome, sha256: str, reason: OtaReason | None, message: str)
     return {key: value for key, value in told.items() if value}
 
 
-@dataclass(frozen=True)
-class Working:
-    """The parts of the daemon that have to work with new settings as they did before.
-
-    Attributes:
-        committed: whether a line has a release to serve; without one its source gives no frames.
-        busy: whether an update is under way.
-    """
-
-    link: Callable[[], Link | None]
-    sources: Mapping[str, SourceRuntime]
-    lines: Mapping[str, LineRuntime]
-    committed: Callable[[str], bool]
-    busy: Callable[[], bool]
-
-
 @dataclass
 class SettingsTrials:
     """Takes new settings in, and watches those on trial. `tick` is called once a second.
@@ -239,9 +221,9 @@ class SettingsTrials:
         expected += [
             f"source {source.name}"
             for source in wanted.sources
-            if source.name not in sources or self._streams(source.name)
+            if source.name not in sources or self._holds(f"source {source.name}")
         ]
-        expected += [f"line {line.name}" for line in wanted.lines if self._serves(line.name)]
+        expected += [f"line {line.name}" for line in wanted.lines if self._holds(f"line {line.name}")]
         return tuple(expected)
 
     # --- the trial ---------------------------------------------------------------------------------------------------
@@ -275,7 +257,7 @@ class SettingsTrials:
         if missing:
             self._held_since_s = None
             if now - self._began_s > self.limit_s:
-                why = "; ".join(self._why(what) for what in missing)
+                why = "; ".join(self.working.why(what) for what in missing)
                 self._end(settings.TrialFailed(OtaReason.SETTINGS_FAILED), f"within {self.limit_s:g} s: {why}")
                 self.restart()
         elif self._held_since_s is None:
@@ -297,38 +279,14 @@ class SettingsTrials:
             self.untold = (facts(outcome, sha256, reason, message),)
 
     def _holds(self, what: str) -> bool:
-        kind, _, name = what.partition(" ")
-        if kind == "link":
-            link = self.working.link()
-            return link is not None and link.connected
-        if kind == "source":
-            return self._streams(name)
-        return self._serves(name)
+        return self.working.holds(what, excused=self._excused())
 
-    def _streams(self, name: str) -> bool:
-        source = self.working.sources.get(name)
-        if source is None:
+    def _excused(self) -> bool:
+        """Whether no frame comes because the board is too hot, and not because the settings on trial call it so."""
+        if not self.working.paused():
             return False
-        if source.state in ("streaming", "ended"):
-            return True
-        # the clock of a source starts with its first reader
-        read_by = [line for line in self.working.lines.values() if line.source is source]
-        idle = not any(self.working.committed(line.config.name) for line in read_by)
-        return idle and source.state == "opening" and source.opened is not None
-
-    def _serves(self, name: str) -> bool:
-        line = self.working.lines.get(name)
-        return line is not None and line.serving is not None and not line.serving.worker.exited.done()
-
-    def _why(self, what: str) -> str:
-        kind, _, name = what.partition(" ")
-        link, source = self.working.link(), self.working.sources.get(name)
-        if kind == "link" and link is not None:
-            status = link.status()
-            return f"the link is {status['state']} {status['reason'] or ''} {status['message']}".rstrip()
-        if kind == "source" and source is not None:
-            return f"{what} is {source.state} {source.reason} {source.detail}".rstrip()
-        return f"{what} does not work"
+        before, now = in_force(self.chosen.own, self.kept), self.chosen.config
+        return (before.profile, before.governor) == (now.profile, now.governor)
 
     # --- control -----------------------------------------------------------------------------------------------------
 

@@ -17,6 +17,7 @@ from typing import Any
 
 from agent.daemon import report
 from agent.daemon.fetching import Fetching
+from agent.daemon.governor import Governor
 from agent.daemon.hosting import ModelHost
 from agent.daemon.keys import KeyProvider, OpenKeys
 from agent.daemon.lifecycle import Lifecycle
@@ -48,6 +49,7 @@ class Observed:
     keys: OpenKeys
     lifecycle: Lifecycle
     fetching: Fetching
+    governor: Governor
 
 
 class Status:
@@ -84,9 +86,11 @@ class Status:
                 name: report.line_status(
                     line, record, parts.words, parts.telemetry, parts.host.verdicts(name), self._fps(name)
                 )
+                | {"selection": parts.host.selection(name)}
                 for name, line in parts.lines.items()
             },
             "fetching": parts.fetching.status(),
+            "governor": parts.governor.status(),
             "locks": [
                 *(report.lock_status(view) for view in parts.updater.locks()),
                 *(report.owner_status(name, parts.lines[line]) for name, line in parts.host.owners().items()),
@@ -94,6 +98,7 @@ class Status:
             "conditions": [
                 *report.key_conditions(parts.keys.troubles),
                 *parts.lifecycle.conditions(),
+                *parts.governor.conditions(),
                 *report.conditions(parts.lines, parts.sources, record, link, parts.words),
             ],
             "process": {

@@ -20,9 +20,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import agent
 from agent import protocol
 from agent.daemon.channel import Channel
-from agent.daemon.worker import Worker
+from agent.daemon.worker import Worker, fault_error
 from agent.errors import Reason, WorkerError
 
 log = logging.getLogger(__name__)
@@ -40,12 +41,26 @@ class Supervisor:
         listen: where the host's unit finds the daemon; None runs the host as a child process.
         host_command: how the child is started; the number of its socket's descriptor is appended.
         on_lost: called when the host went away and took every worker with it.
+        unit: the systemd unit in which the host of `listen` runs, as the user and group of that name.
+        zygote: whether the host keeps a zygote for the lines' model workers.
     """
 
-    def __init__(self, *, listen: Path | None, host_command: Sequence[str], on_lost: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        *,
+        listen: Path | None,
+        host_command: Sequence[str],
+        on_lost: Callable[[], None],
+        zygote: bool = False,
+        unit: str = "edge-worker.service",
+    ) -> None:
         self._listen = listen
         self._command = list(host_command)
         self._on_lost = on_lost
+        self._zygote = zygote
+        self._unit = unit
+        self._warm: dict[str, str] = {}
+        self._told: list[str] = []
         self._numbers = itertools.count(1)
         self._workers: dict[int, Worker] = {}
         self._started: dict[int, asyncio.Future[int]] = {}
@@ -64,7 +79,7 @@ class Supervisor:
         if self._listen is None:
             self._launch()
         else:
-            self._listener = _listener(self._listen)
+            self._listener = _listener(self._listen, self._unit.removesuffix(".service"))
             self._listen_on()
 
     async def stop(self) -> None:
@@ -84,8 +99,14 @@ class Supervisor:
         if self._process is not None:
             await asyncio.to_thread(_reap, self._process)
 
-    async def spawn(self, role: str, *, nice: int = 0, memory_bytes: int = 0) -> Worker:
-        """A new worker, its process running.
+    def keep_warm(self, line: str, delegate: str) -> None:
+        """`line` serves on `delegate` from now on, on nothing when that is empty: the zygote, where there shall be one,
+        has the runtimes of all lines loaded and no others."""
+        self._warm[line] = delegate
+        self._tell_zygote()
+
+    async def spawn(self, role: str, *, nice: int = 0, memory_bytes: int = 0, forked: bool = False) -> Worker:
+        """A new worker, its process running; `forked` from the zygote where there is one.
 
         Raises:
             WorkerError: `worker_unavailable` when the host does not come or cannot start it.
@@ -93,14 +114,14 @@ class Supervisor:
         try:
             async with asyncio.timeout(HOST_TIMEOUT_S):
                 await self._ready.wait()
-            return await self._spawn(role, nice, memory_bytes)
+            return await self._spawn(role, nice, memory_bytes, forked and self._zygote)
         except TimeoutError as e:
-            where = "edge-worker.service" if self._listen else "the worker host"
+            where = self._unit if self._listen else "the worker host"
             raise WorkerError(
-                Reason.WORKER_UNAVAILABLE, f"{where} does not answer", hint="systemctl status edge-worker.service"
+                Reason.WORKER_UNAVAILABLE, f"{where} does not answer", hint=f"systemctl status {self._unit}"
             ) from e
 
-    async def _spawn(self, role: str, nice: int, memory_bytes: int) -> Worker:
+    async def _spawn(self, role: str, nice: int, memory_bytes: int, forked: bool) -> Worker:
         channel = self._channel
         if channel is None or not channel.open:
             raise WorkerError(Reason.WORKER_UNAVAILABLE, "the worker host is gone")
@@ -114,7 +135,7 @@ class Supervisor:
             worker = Worker(number, role, ours, lambda sig: self._tell_host(protocol.Kill(number, sig)))
             self._workers[number] = worker
             self._started[number] = started
-            self._tell_host(protocol.Spawn(number, role, nice, memory_bytes), (theirs.fileno(),))
+            self._tell_host(protocol.Spawn(number, role, nice, memory_bytes, forked), (theirs.fileno(),))
         try:
             async with asyncio.timeout(HOST_TIMEOUT_S):
                 done, _ = await asyncio.wait((started, worker.exited), return_when=asyncio.FIRST_COMPLETED)
@@ -140,6 +161,12 @@ class Supervisor:
         if self._channel is not None and self._channel.open:
             with contextlib.suppress(WorkerError):
                 self._channel.send(message, fds)
+
+    def _tell_zygote(self) -> None:
+        wanted = sorted({delegate for delegate in self._warm.values() if delegate})
+        if self._zygote and wanted != self._told:
+            self._told = wanted
+            self._tell_host(protocol.Zygote(list(wanted)))
 
     def _launch(self) -> None:
         ours, theirs = protocol.socket_pair()
@@ -174,7 +201,7 @@ class Supervisor:
             return
         pid, uid, _ = struct.unpack("3i", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
         # only another user in the shipped unit may be called isolated: a child of ours could read our keys
-        in_unit = uid != os.geteuid() and _unit_of(pid) == "edge-worker.service"
+        in_unit = uid != os.geteuid() and _unit_of(pid) == self._unit
         self.isolation = "unit" if in_unit else "process"
         self._channel = Channel(sock, self._host_said, self._host_lost)
 
@@ -184,6 +211,8 @@ class Supervisor:
         if isinstance(message, protocol.HostReady):
             self.host = message
             self._backoff_s = BACKOFF_S[0]
+            self._told = []  # a new host has no zygote
+            self._tell_zygote()
             self._ready.set()
         elif isinstance(message, protocol.Started):
             started = self._started.get(message.worker)
@@ -193,6 +222,9 @@ class Supervisor:
             worker = self._workers.pop(message.worker, None)
             if worker is not None:
                 worker.has_exited(message)
+        elif isinstance(message, protocol.Fault):
+            fault = fault_error(message)
+            log.warning("the worker host: %s", fault.message, extra={"reason": fault.reason.value})
 
     def _host_lost(self, why: str) -> None:
         self._ready.clear()
@@ -215,14 +247,16 @@ class Supervisor:
             try:
                 self._launch()
             except OSError as e:
-                log.error("the worker host does not start: %s", e.strerror)
+                log.error("the worker host does not start: %s: %s", self._command[0], e.strerror)
                 continue
             return
 
 
-def default_host_command() -> list[str]:
-    """The shipped host under this interpreter."""
-    return [sys.executable, "-m", "agent.worker.main", "host"]
+def default_host_command(python: Path | None = None) -> list[str]:
+    """The shipped host under this interpreter, or under another one (`worker_python`)."""
+    if python is None:
+        return [sys.executable, "-m", "agent.worker.main", "host"]
+    return [str(python), "-I", str(Path(agent.__file__).resolve().parent / "worker" / "start.py"), "host"]
 
 
 def _child_environment() -> dict[str, str]:
@@ -230,7 +264,7 @@ def _child_environment() -> dict[str, str]:
     return {key: os.environ[key] for key in keep if key in os.environ}
 
 
-def _listener(path: Path) -> socket.socket:
+def _listener(path: Path, group: str) -> socket.socket:
     with contextlib.suppress(FileNotFoundError):
         path.unlink()
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK)
@@ -239,7 +273,7 @@ def _listener(path: Path) -> socket.socket:
     with contextlib.suppress(LookupError, PermissionError, KeyError):
         import grp
 
-        os.chown(path, -1, grp.getgrnam("edge-worker").gr_gid)
+        os.chown(path, -1, grp.getgrnam(group).gr_gid)
     listener.listen(2)
     return listener
 

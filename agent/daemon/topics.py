@@ -10,12 +10,16 @@ import re
 from dataclasses import dataclass
 
 from agent.errors import ConfigError, Reason
+from agent.sensorconfig import TOPIC_PATTERN
 from ota.release import DEVICE_PATTERN
 
 TENANT_PATTERN = re.compile(r"[a-z0-9][a-z0-9-]{0,31}")
 # A device of this name would own the fleet's own branch.
 FLEET = "fleet"
 SUFFIXES = ("status", "reported", "cmd", "evt", "tele", "log", "blk/get", "blk/data")
+
+# Below it lie the names of what is published for a device: samples of sensors that speak MQTT themselves.
+INPUT = "in/"
 
 # Names under which bytes are counted (ota.mqtt.Counters.by_purpose).
 _PURPOSES = {
@@ -32,14 +36,15 @@ _PURPOSES = {
 
 @dataclass(frozen=True, slots=True)
 class Topics:
-    """Topics of one device.
+    """Topics of one device. `inputs` names those below `in/` from which its sources take samples.
 
     Raises:
-        ConfigError: `bad_config` when tenant or device is not in its grammar.
+        ConfigError: `bad_config` when tenant, device or an input is not in its grammar.
     """
 
     tenant: str
     device: str
+    inputs: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if not TENANT_PATTERN.fullmatch(self.tenant):
@@ -52,6 +57,11 @@ class Topics:
                 f"device id {self.device[:60]!r} is not allowed",
                 hint="use a-z 0-9 and -, at most 48",
             )
+        for name in self.inputs:
+            if not TOPIC_PATTERN.fullmatch(name):
+                raise ConfigError(
+                    Reason.BAD_CONFIG, f"input {name[:60]!r} is not allowed", hint="use a-z 0-9 _ and -, at most 32"
+                )
 
     def of(self, suffix: str) -> str:
         """The device's topic that ends in `suffix`, one of `SUFFIXES`.
@@ -68,17 +78,27 @@ class Topics:
         """The topic on which the whole fleet is told that something may be new."""
         return f"edge/v1/{self.tenant}/{FLEET}/hint"
 
+    @property
+    def heard(self) -> tuple[tuple[str, int], ...]:
+        """What the device subscribes to, each with its QoS. A sample that was missed is not worth repeating."""
+        inputs = tuple((f"edge/v1/{self.tenant}/{self.device}/{INPUT}{name}", 0) for name in self.inputs)
+        return ((self.of("cmd"), 1), (self.of("blk/data"), 0), (self.hint, 1), *inputs)
+
     def suffix(self, topic: str) -> str | None:
-        """What `topic` ends in if it is one of this device's, `hint` for the fleet's, else None."""
+        """What `topic` ends in if it is one of this device's (`in/…` for one of its inputs), `hint` for the fleet's,
+        else None."""
         if topic == self.hint:
             return "hint"
         head = f"edge/v1/{self.tenant}/{self.device}/"
         suffix = topic.removeprefix(head)
-        return suffix if suffix != topic and suffix in SUFFIXES else None
+        known = suffix in SUFFIXES or (suffix.startswith(INPUT) and suffix.removeprefix(INPUT) in self.inputs)
+        return suffix if suffix != topic and known else None
 
     def purpose(self, topic: str) -> str:
         """Name under which the bytes of a message on `topic` are counted."""
         suffix = self.suffix(topic)
+        if suffix is not None and suffix.startswith(INPUT):
+            return "samples"
         return "commands" if suffix == "hint" else _PURPOSES.get(suffix or "", "other")
 
 

@@ -13,6 +13,7 @@ import random
 from collections.abc import Awaitable, Callable, Collection, Sequence
 
 from agent.config import UpdateConfig
+from agent.errors import AgentError
 from ota.client.limits import Limits
 from ota.client.ports import UpdateEvent
 from ota.client.rest import DEVICE
@@ -120,8 +121,13 @@ async def serve_later(serve: Callable[[], Awaitable[None]], rng: random.Random) 
             return await serve()
         except OtaError as e:
             log.error("a line is not served: %s", e.message, extra={"reason": e.reason.value, "hint": e.hint})
-            if e.reason in FOR_GOOD:
+            if for_good(e):
                 return
+
+
+def for_good(error: AgentError | OtaError) -> bool:
+    """Whether a committed release that `error` kept from serving stays so until the settings are others."""
+    return isinstance(error, OtaError) and error.reason in FOR_GOOD and not error.retry
 
 
 def worth_repeating(events: Sequence[UpdateEvent]) -> bool:

@@ -27,19 +27,21 @@ MAX_TEXT_CHARS = 500
 @dataclass(frozen=True, slots=True)
 class Exit:
     """How a worker ended. `status` is its exit code or minus the signal; `killed` when the daemon wanted it; `lost`
-    when it went down with its host, which says nothing of the worker itself."""
+    when it went down with its host, which says nothing of the worker itself; `ran_out` when it said before that it got
+    no memory."""
 
     status: int
     stderr_tail: str
     killed: bool
     lost: bool = False
+    ran_out: bool = False
 
     @property
     def reason(self) -> Reason:
         """Memory or crash, as far as the exit tells."""
         if self.lost:
             return Reason.WORKER_UNAVAILABLE
-        ran_out = "bad_alloc" in self.stderr_tail or "MemoryError" in self.stderr_tail
+        ran_out = self.ran_out or "bad_alloc" in self.stderr_tail or "MemoryError" in self.stderr_tail
         if ran_out or (self.status == -signal.SIGKILL and not self.killed):
             return Reason.WORKER_OUT_OF_MEMORY
         return Reason.WORKER_CRASHED
@@ -47,6 +49,8 @@ class Exit:
     def __str__(self) -> str:
         if self.lost:
             return "went down with its host"
+        if self.ran_out:
+            return "ran out of memory"
         if self.status < 0:
             with contextlib.suppress(ValueError):
                 return f"died with {signal.Signals(-self.status).name}"
@@ -68,6 +72,7 @@ class Worker:
         self.exited: asyncio.Future[Exit] = asyncio.get_running_loop().create_future()
         self._kill = kill
         self._killed = False
+        self._ran_out = False
         self._lock = asyncio.Lock()
         self._expected: type[Any] | None = None
         self._answer: asyncio.Future[protocol.Packet] | None = None
@@ -136,7 +141,8 @@ class Worker:
 
     def has_exited(self, message: protocol.Exited) -> None:
         """The host's word on how it ended; called by the supervisor."""
-        self._end(Exit(message.status, message.stderr_tail, self._killed))
+        self._channel.drain()  # among its last words may be why
+        self._end(Exit(message.status, message.stderr_tail, self._killed, ran_out=self._ran_out))
 
     def has_lost_host(self) -> None:
         """The host is gone, and this worker with it; called by the supervisor."""
@@ -160,6 +166,8 @@ class Worker:
             raise WorkerError(end.reason, f"the {self.role} worker {end}", hint=_last_words(end.stderr_tail))
 
     def _received(self, packet: protocol.Packet) -> None:
+        if isinstance(packet.message, protocol.Fault) and packet.message.reason == Reason.WORKER_OUT_OF_MEMORY.value:
+            self._ran_out = True
         wanted = self._expected is not None and isinstance(packet.message, (self._expected, protocol.Fault))
         if wanted and self._answer is not None and not self._answer.done():
             self._answer.set_result(packet)

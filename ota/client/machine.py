@@ -143,7 +143,8 @@ class CandidateRejected:
 
 @dataclass(frozen=True, slots=True)
 class TrialPostponed:
-    """The host had no room for the trial; it counts as no attempt and the candidate waits."""
+    """The host had no room for the trial, or its hardware is to be mended; it counts as no attempt and the candidate
+    waits."""
 
     reason: Reason
 

@@ -303,7 +303,8 @@ def _installed(candidate: Candidate) -> Installed:
 def _failure(state: State, error: OtaError, component_rejected: bool) -> machine.Event:
     """Whose fault `error` was in `state`. A release is quarantined once its bytes were opened or it ran."""
     at_fault = not isinstance(error, TransferError | StoreError) and error.reason not in _NOBODYS_FAULT
-    if state is State.TESTING and error.reason is Reason.BUSY:
+    not_yet = error.reason is Reason.BUSY or (error.reason is Reason.NO_DELEGATE and error.retry)
+    if state is State.TESTING and not_yet:
         return machine.TrialPostponed(error.reason)
     if state in (State.TESTING, *LIVE):
         at_fault = at_fault and isinstance(error, Rejected)

@@ -17,8 +17,9 @@ UPDATE = {
 
 def shown(capsys: pytest.CaptureFixture[str], window_opens_in_s: int = 0, **update: str) -> list[str]:
     line: dict[str, Any] = {
-        "version": "1.0.0", "delegate": "onnx:cpu", "fps": 30.0, "p50_ms": 2.0, "verdicts": [],
+        "version": "1.0.0", "delegate": "onnx:cpu", "fps": 30.0, "p50_ms": 2.0, "verdicts": [], "rules": {},
         "update": UPDATE | update,
+        "selection": {"objective": "latency", "proxy": "", "fell": [], "stale": "", "trying": []},
     }  # fmt: skip
     screen.status(
         {

@@ -1,4 +1,5 @@
-"""The shipped pipeline at a camera's pace: source process, ring, model worker, results; beside the bare loop."""
+"""The shipped pipeline at a camera's pace and as fast as it can: source process, ring, model worker, results; the same
+in one process (fused); beside the bare loop."""
 
 from __future__ import annotations
 
@@ -7,11 +8,13 @@ import json
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from agent import memfd
 from agent.config import LineConfig
+from agent.daemon.fusedsource import FusedSource
 from agent.daemon.lines import LineRuntime
 from agent.daemon.selection import Verdict, quantile
 from agent.daemon.sources import SourceRuntime
@@ -25,22 +28,88 @@ from ota.publisher import spec
 from ota.publisher.build import build_release
 from ota.publisher.create import create
 from ota.release import Component
+from tests.bench.setting import DATA, PARTS, Pressure, Setting
+
+FPS = 30.0
+VWW = DATA / "mlperf-tiny" / "vww_96_int8.tflite"
+VWW_SPEC = {
+    "line": "vww", "version": "1.0.0", "task": "classification", "licence": "Apache-2.0",
+    "labels": ["no person", "person"],
+    "preprocess": {"resize": "stretch", "interpolation": "linear", "color": "rgb",
+                   "mean": [0.0, 0.0, 0.0], "std": [255.0, 255.0, 255.0]},
+    "golden": {"images": [str(DATA / "tflite-micro" / "person.png")]},
+}  # fmt: skip
+GOALS = {"p50": 1.05, "shipped": 1.15, "fused": 1.08, "p99_ms": 2.0, "rate": 1.3}
 
 
 @dataclass(frozen=True)
 class Figures:
-    """One round: CPU milliseconds per frame, and tick-to-result latency."""
+    """One round: CPU milliseconds per frame, tick-to-result latency, frames per second, and the machine's CPU pressure
+    in percent meanwhile."""
 
     cpu_ms: float
     daemon_cpu_ms: float
     p50_ms: float
     p99_ms: float
+    fps: float
+    pressure: float
 
 
-def candidate(folder: Path, spec_file: Path) -> Candidate:
+def bench(setting: Setting) -> dict[str, Any]:
+    """Every model in every way, paced and unpaced; prints the ratios."""
+    models = {"parts 1.0.0": (PARTS / "1.0.0" / "int8.tflite", spec.load(PARTS / "1.0.0" / "spec.toml"))}
+    if VWW.exists():
+        models["vww_96_int8"] = (VWW, spec.parse({**VWW_SPEC, "component": [{"file": VWW.name}]}, VWW.parent))
+    else:
+        print(f"\npipeline: vww_96_int8 left out: {VWW} is absent")
+    kept: dict[str, Any] = {}
+    for name, (file, described) in models.items():
+        model = candidate(setting.folder / name.replace(" ", "-"), described)
+        for fps in (FPS, 0.0):
+            rounds: dict[str, list[Figures]] = {"bare": [], "shipped": [], "fused": []}
+            for _ in range(setting.rounds):
+                rounds["bare"].append(bare(setting.clip, file, fps, setting.seconds))
+                for way in ("shipped", "fused"):
+                    fused = way == "fused"
+                    rounds[way].append(asyncio.run(shipped(setting.clip, fps, setting.seconds, model, fused=fused)))
+            report(name, fps, rounds)
+            key = f"{name}, {'30 fps' if fps else 'full rate'}"
+            kept[key] = {way: [asdict(f) for f in figures] for way, figures in rounds.items()}
+    return kept
+
+
+def report(name: str, fps: float, rounds: dict[str, list[Figures]]) -> None:
+    """Print one comparison: best of each way's rounds, and the ratio to the bare loop."""
+    ways = list(rounds)
+    pressures = [f.pressure for figures in rounds.values() for f in figures]
+    pace = f"at {fps:.0f} fps" if fps else "as fast as it can"
+    print(f"\n640x480 MJPEG {pace}, {name} on litert:xnnpack, best of {len(rounds['bare'])} rounds;"
+          f" CPU pressure {min(pressures):.0f} to {max(pressures):.0f} %")  # fmt: skip
+    print(f"  {'':24}" + "".join(f"{way:>11}" for way in ways) + "".join(f"{way:>12}" for way in ways[1:]))
+    if not fps:
+        best = {way: max(f.fps for f in figures) for way, figures in rounds.items()}
+        _row("frames/s", best, ways, f"goal {GOALS['rate']}x where decoding dominates")
+        return
+    for key, title, goal in (
+        ("p50_ms", "tick to result p50, ms", f"goal {GOALS['p50']}"),
+        ("p99_ms", "p99, ms", f"goal bare + {GOALS['p99_ms']:.0f} ms"),
+        ("cpu_ms", "CPU ms, workers", f"goals {GOALS['shipped']}, {GOALS['fused']}"),
+    ):
+        _row(title, {way: min(getattr(f, key) for f in figures) for way, figures in rounds.items()}, ways, goal)
+    whole = {way: min(f.cpu_ms + f.daemon_cpu_ms for f in figures) for way, figures in rounds.items()}
+    _row("CPU ms, with the daemon", whole, ways, "")
+
+
+def _row(title: str, values: dict[str, float], ways: list[str], goal: str) -> None:
+    ratios = "".join(f"{values[way] / values['bare']:11.2f}x" for way in ways[1:])
+    print(f"  {title:24}" + "".join(f"{values[way]:11.3f}" for way in ways) + ratios + f"  {goal}")
+
+
+def candidate(folder: Path, described: spec.Spec) -> Candidate:
     """A release of the spec, its files opened from the publisher's own plaintexts."""
+    folder.mkdir()
     repository = create(folder / "repo")
-    release = build_release(repository, spec.load(spec_file), recorder=WorkerRecorder())
+    release = build_release(repository, described, recorder=WorkerRecorder())
 
     async def open_plain(component: Component) -> int:
         return memfd.of_bytes(component.name, (folder / "repo/vault/plain" / component.plain_sha256).read_bytes())
@@ -55,13 +124,14 @@ def cpu_s(pid: int) -> float:
     return sum(int((task / "schedstat").read_text().split()[0]) for task in tasks) / 1e9
 
 
-async def shipped(clip: Path, fps: float, seconds: float, model: Candidate) -> Figures:
-    """One round of the shipped pipeline."""
+async def shipped(clip: Path, fps: float, seconds: float, model: Candidate, *, fused: bool = False) -> Figures:
+    """One round of the shipped pipeline, paced or, for 0, as fast as the model takes frames."""
     results: list[Result] = []
     supervisor = Supervisor(listen=None, host_command=default_host_command(), on_lost=lambda: None)
     await supervisor.start()
-    options = {"path": str(clip), "policy": "live", "loop": True, "queue_frames": 4, "fps": fps}
-    source = SourceRuntime(
+    policy = "live" if fps else "every"
+    options = {"path": str(clip), "policy": policy, "loop": True, "queue_frames": 4, "fps": fps}
+    source = (FusedSource if fused else SourceRuntime)(
         SourceConfig("belt", "video", options), supervisor,
         on_dropped=lambda *_: None, on_restarted=lambda _: None, on_state=lambda _: None,
     )  # fmt: skip
@@ -73,12 +143,13 @@ async def shipped(clip: Path, fps: float, seconds: float, model: Candidate) -> F
     await line.serve(model, Verdict(model.component.name, "litert:xnnpack"))
     await asyncio.sleep(1.0)
     assert line.serving is not None
-    pids = [line.serving.worker.pid, source.pid]
+    pids = sorted({line.serving.worker.pid, source.pid})
     results.clear()
+    pressure, began = Pressure(), time.monotonic()
     before, own = sum(map(cpu_s, pids)), time.process_time()
     await asyncio.sleep(seconds)
     after, own_after = sum(map(cpu_s, pids)), time.process_time()
-    got = list(results)
+    got, took, pressed = list(results), time.monotonic() - began, pressure.percent
     await line.stop()
     await source.stop()
     await supervisor.stop()
@@ -88,12 +159,16 @@ async def shipped(clip: Path, fps: float, seconds: float, model: Candidate) -> F
         1000 * (own_after - own) / len(got),
         quantile(latencies, 0.5),
         quantile(latencies, 0.99),
+        len(got) / took,
+        pressed,
     )
 
 
 def bare(clip: Path, model: Path, fps: float, seconds: float) -> Figures:
     """One round of the bare loop."""
+    pressure = Pressure()
     command = [sys.executable, str(Path(__file__).with_name("inline.py")), clip, model, fps, seconds]
     done = subprocess.run([str(word) for word in command], capture_output=True, text=True, check=True)
-    figures = json.loads(done.stdout.splitlines()[-1])
-    return Figures(1000 * figures["cpu_s"] / figures["frames"], 0.0, figures["p50_ms"], figures["p99_ms"])
+    f = json.loads(done.stdout.splitlines()[-1])
+    rate = f["frames"] / f["seconds"]
+    return Figures(1000 * f["cpu_s"] / f["frames"], 0.0, f["p50_ms"], f["p99_ms"], rate, pressure.percent)

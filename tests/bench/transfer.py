@@ -16,7 +16,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from ota import payload as payloads
 from ota.client.transfer import claimed
 from ota.release import LEAF_BYTES, Payload
 from tests.bench import emulated
+from tests.bench.setting import Setting, pressure
 from tests.fakes.blockserver import BlockServerProcess
 from tests.fakes.blocksource import payload as make_payload
 from tests.fakes.broker import Authority, Broker, Identity
@@ -36,6 +37,7 @@ WINDOW_BYTES = 8 * LEAF_BYTES
 # mosquitto's own default: its side of the connection waits for acknowledgements (Nagle)
 NAGLE = {"set_tcp_nodelay": "false"}
 WAYS = ("mqtt", "https")
+ROUNDS = 5
 
 
 @dataclass(frozen=True)
@@ -108,14 +110,14 @@ def missing() -> str:
     return ", ".join(lacking)
 
 
-def bench(folder: Path, pressure: Callable[[], str], rounds: int = 5) -> dict[str, Any]:
+def bench(setting: Setting) -> dict[str, Any]:
     """Measure, print, and return every round."""
     if missing():
         print(f"\ntransfer: left out, not installed: {missing()}")
         return {}
     kept: dict[str, Any] = {}
-    with stand(folder / "loopback", "127.0.0.1", "127.0.0.1") as place:
-        kept["loopback"] = _compare(place, [], rounds)
+    with stand(setting.folder / "loopback", "127.0.0.1", "127.0.0.1") as place:
+        kept["loopback"] = _compare(place, [], ROUNDS)
         _print("20 MB over loopback", kept["loopback"], 2.0, pressure())
         kept["killed"] = _killed(place, 3)
         kept["power_cut"] = _power_cut(place)
@@ -124,9 +126,9 @@ def bench(folder: Path, pressure: Callable[[], str], rounds: int = 5) -> dict[st
         return kept
     with (
         emulated.Link(20e6, 0.050) as link,
-        stand(folder / "emulated", emulated.SERVER_ADDRESS, "0.0.0.0") as place,
+        stand(setting.folder / "emulated", emulated.SERVER_ADDRESS, "0.0.0.0") as place,
     ):
-        kept["emulated"] = _compare(place, link.device, max(2, rounds // 2))
+        kept["emulated"] = _compare(place, link.device, ROUNDS // 2)
         _print("20 MB over 20 Mbit/s with 50 ms round trip", kept["emulated"], 1.05, pressure())
     return kept
 
@@ -147,9 +149,9 @@ def _compare(place: Stand, prefix: Sequence[str], rounds: int) -> dict[str, list
     return kept
 
 
-def _print(title: str, kept: dict[str, list[dict[str, float]]], goal: float, pressure: str) -> None:
+def _print(title: str, kept: dict[str, list[dict[str, float]]], goal: float, busy: str) -> None:
     least = {way: min(figures["seconds"] for figures in rounds) for way, rounds in kept.items()}
-    print(f"\n{title}, mutual TLS, broker with Nagle, minima of {len(kept['mqtt'])} rounds; CPU pressure {pressure}")
+    print(f"\n{title}, mutual TLS, broker with Nagle, minima of {len(kept['mqtt'])} rounds; CPU pressure {busy}")
     print(f"  {'':34}{'seconds':>9}{'CPU s':>8}{'RSS +MB':>9}{'stall ms':>10}")
     for way, name in (("mqtt", "MQTT, hashed and written"), ("https", "HTTPS, hashed and written")):
         worst = [max(figures[key] for figures in kept[way]) for key in ("rss_growth_mb", "loop_stall_ms")]

@@ -17,6 +17,7 @@ from ota.publisher.build import build_release
 from ota.publisher.recorder import ModelFacts
 from ota.publisher.repository import Repository
 from tests.fakes.broker import Broker, Identity
+from tests.workerpython import configured
 
 ROOT = Path(__file__).resolve().parents[2]
 PARTS = ROOT / "models" / "parts"
@@ -86,7 +87,7 @@ class Fleet:
     def enroll(self, config: str) -> None:
         """Request, answer and bundle, as a device engineer and an operator exchange them."""
         assert self.broker is not None
-        (self.folder / "agent.toml").write_text(config)
+        (self.folder / "agent.toml").write_text(configured(config))
         where = f"127.0.0.1:{self.broker.port}"
         device, folder = ("edge-agent", "enroll", "--config", "agent.toml"), self.folder
         command(*device, "--device", self.device, "--out", "enroll-request.json", folder=folder)
@@ -155,7 +156,8 @@ def build_bad_release(repository: Path, version: str, model: Path, delegate: str
     component = next(c for c in good.components if c.format == model.suffix.lstrip("."))
     table = {
         "line": "parts", "version": version, "task": "detection", "licence": "Apache-2.0",
-        "labels": good.graph["labels"], "preprocess": good.graph["preprocess"],
+        "labels": good.graph["labels"],
+        "preprocess": {key: value for key, value in good.graph["preprocess"].items() if value != ""},
         "postprocess": good.graph["postprocess"], "golden": {"images": ["day.jpg"]},
         "component": [{"file": model.name, "name": component.name}],
     }  # fmt: skip

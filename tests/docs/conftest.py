@@ -43,6 +43,12 @@ def own_model(world: World, fleet: str, heard: Listener) -> str:
 
 
 @pytest.fixture(scope="module")
+def sensors(world: World, own_model: str) -> str:
+    """What the guide about sensors printed."""
+    return world.run(blocks(GUIDES / "sensors.md"))
+
+
+@pytest.fixture(scope="module")
 def lifecycle(world: World, fleet: str) -> str:
     """What the guide about devices that come and go printed; its device is another one than the other guides'."""
     return world.run(blocks(GUIDES / "lifecycle.md"))

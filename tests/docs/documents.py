@@ -2,7 +2,8 @@
 
 Conventions of the documents: a block `sh` is carried out by the tests as it stands (`world`); one marked `sh device`
 changes a real board or needs another machine, so only its commands are checked against the parsers. A block `toml`
-stands for the file it describes: agent.toml when it has a [[line]], else spec.toml. Other blocks are for reading.
+stands for the file it describes: agent.toml when it has a [[line]], else spec.toml; a `toml example` is no file of the
+guide's own device, and only has to be valid. Other blocks are for reading.
 """
 
 from __future__ import annotations

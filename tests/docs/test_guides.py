@@ -36,6 +36,13 @@ def test_the_own_model_guide_ends_with_the_model_serving_on_a_device(own_model: 
     assert missing("own-model.md", own_model) == set()
 
 
+def test_the_sensors_guide_ends_with_a_rule_that_a_replayed_fault_meets(sensors: str) -> None:
+    assert "label normal" in sensors
+    assert "label anomalous" in sensors
+    assert "lasts: shakes" in sensors
+    assert missing("sensors.md", sensors) == set()
+
+
 def test_every_message_in_the_telemetry_reference_has_the_fields_that_a_device_sends(
     own_model: str, heard: Listener, world: World
 ) -> None:
@@ -94,7 +101,7 @@ def missing(guide: str, printed: str) -> set[str]:
 def plain(line: str) -> str:
     """`line` with every figure as N, every delegate and verdict as a word, and single blanks."""
     line = re.sub(r"\b[a-z]+:(cpu|xnnpack)\b", "DELEGATE", line)
-    line = re.sub(r"\bfastest\b|\b[\d.]+x slower", "VERDICT", line)
+    line = re.sub(r"[█▶]* ?\bfastest\b|[█▶]* ?\b[\d.]+x( slower)?(?=$| )", "VERDICT", line)
     return " ".join(re.sub(r"\d[\d.]*", "N", line).split())
 
 

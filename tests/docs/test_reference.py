@@ -12,9 +12,12 @@ from types import ModuleType
 import pytest
 
 from agent import config
+from agent.configtable import Table
 from agent.errors import ConfigError
 from agent.errors import Reason as AgentReason
 from agent.errors import exit_code as agent_exit_code
+from agent.ruleconfig import RuleConfig, parse_rule
+from agent.sourceconfig import parse_options
 from ota.errors import Reason as OtaReason
 from ota.errors import exit_code as ota_exit_code
 from tests.docs.documents import REFERENCE, ROOT, blocks, documents
@@ -84,13 +87,35 @@ def test_a_reason_is_called_reserved_exactly_when_no_module_raises_it() -> None:
 # --- config.md -------------------------------------------------------------------------------------------------------
 
 
+_TABLE = re.compile(r"`(?:\[\[?(\w+)\]?\]|kind = \"(\w+)\")`")
+# what a source of each kind cannot be without
+LEAST: dict[str, dict[str, object]] = {
+    "video": {"path": "/a"},
+    "folder": {"path": "/a"},
+    "camera": {"device": "/dev/video0"},
+    "rtsp": {"url": "rtsp://a/"},
+    "http": {"url": "http://a/"},
+    "pipe": {"command": ["a"], "format": "mjpeg"},
+    "iio": {"device": "adxl345", "inputs": ["accel_x"], "rate_hz": 100, "window": 4, "hop": 4},
+    "serial": {"path": "/dev/ttyUSB0", "rate_hz": 100, "window": 4, "hop": 4},
+    "topic": {"topic": "pump", "rate_hz": 100, "window": 4, "hop": 4},
+    "csv": {"path": "/a", "rate_hz": 100, "window": 4, "hop": 4},
+    "wav": {"path": "/a", "window": 4, "hop": 4},
+}
+
+
+def _table(match: re.Match[str]) -> str:
+    """`line` for `[[line]]`, `source rtsp` for the options of that kind."""
+    return match[1] or f"source {match[2]}"
+
+
 def _documented_config() -> dict[str, dict[str, str]]:
-    """Default by key by table (`""`, `source`, `line`, `telemetry`, `update`)."""
+    """Default by key by table (`""`, `source`, `source video`, `line`, `telemetry`, `update`)."""
     found: dict[str, dict[str, str]] = {"": {}}
     table = ""
     for line in (REFERENCE / "config.md").read_text().splitlines():
-        if match := re.match(r"`\[\[?(\w+)\]?\]`", line):
-            table = match[1]
+        if match := _TABLE.match(line):
+            table = _table(match)
             found[table] = {}
         for row in _rows(line):
             if row[0] != "key":
@@ -105,14 +130,24 @@ def test_config_md_lists_exactly_the_keys_of_agent_toml() -> None:
     def fields(value: object) -> set[str]:
         return {field.name for field in dataclasses.fields(value)}  # type: ignore[arg-type]
 
-    tables = {"sources", "lines", "broker", "telemetry", "update"}
-    assert documented.keys() == {"", "source", "line", "broker", "telemetry", "update"}
+    tables = {"sources", "lines", "rules", "capture", "broker", "telemetry", "update", "governor"}
+    kinds = {f"source {kind}" for kind in LEAST}
+    assert documented.keys() - kinds == {"", "source", "line", "rule"} | tables - {"sources", "lines", "rules"}
     assert documented[""].keys() == fields(example) - tables - {"path"}
-    assert documented["source"].keys() == {"name", "kind", *example.sources[0].options}
+    assert documented["rule"].keys() == fields(_rule())
+    assert documented["capture"].keys() == fields(example.capture)
+    for kind, least in LEAST.items():
+        options = parse_options(kind, Table(least, "source", Path("/")))
+        assert documented["source"].keys() | documented[f"source {kind}"].keys() == {"name", "kind", *options}, kind
     assert documented["line"].keys() == fields(example.lines[0])
     assert documented["broker"].keys() == fields(example.broker)
     assert documented["telemetry"].keys() == fields(example.telemetry)
     assert documented["update"].keys() == fields(example.update)
+    assert documented["governor"].keys() == fields(example.governor)
+
+
+def _rule() -> RuleConfig:
+    return parse_rule(Table({"name": "gate", "line": "l"}, "rule", Path("/")))
 
 
 def test_config_md_gives_the_defaults_that_hold() -> None:
@@ -121,7 +156,7 @@ def test_config_md_gives_the_defaults_that_hold() -> None:
     parsed = config.parse(minimal, Path("/etc/edge-agent/agent.toml"))
 
     def written(value: object) -> str:
-        if value is None or value == ():
+        if value in (None, (), [], b""):
             return ""
         if isinstance(value, bool):
             return "true" if value else "false"
@@ -130,12 +165,20 @@ def test_config_md_gives_the_defaults_that_hold() -> None:
     source, line = parsed.sources[0], parsed.lines[0]
     for key in ("state_dir", "run_dir", "profile", "workers"):
         assert documented[""][key] == str(getattr(parsed, key))
-    for key in ("policy", "loop", "queue_frames", "fps"):
-        assert documented["source"][key] == written(source.options[key])
+    assert documented["source"]["queue_frames"] == written(source.options["queue_frames"])
+    for kind, least in LEAST.items():
+        options = parse_options(kind, Table(least, "source", Path("/")))
+        for key in documented[f"source {kind}"].keys() - least.keys():
+            assert documented[f"source {kind}"][key] == written(options[key]), f"{kind} {key}"
     for key in ("threads", "explore"):
         assert documented["line"][key] == written(getattr(line, key))
-    for table, value in (("broker", parsed.broker), ("telemetry", parsed.telemetry), ("update", parsed.update)):
+    for table, value in (
+        *(("broker", parsed.broker), ("telemetry", parsed.telemetry), ("update", parsed.update)),
+        *(("governor", parsed.governor), ("capture", parsed.capture), ("rule", _rule())),
+    ):
         for key, default in documented[table].items():
+            if (table, key) in (("rule", "name"), ("rule", "line"), ("rule", "below")):
+                continue  # needed, or that of another key
             assert default == written(getattr(value, key)), f"[{table}] {key}"
 
 
@@ -143,8 +186,8 @@ def _ranges() -> list[tuple[str, str, float, float]]:
     found = []
     table = ""
     for line in (REFERENCE / "config.md").read_text().splitlines():
-        if match := re.match(r"`\[\[?(\w+)\]?\]`", line):
-            table = match[1]
+        if match := _TABLE.match(line):
+            table = _table(match)
         if match := re.match(r"\| `(\w+)` \|[^|]*\| ([\d.]+) to ([\d.]+) \|", line):
             found.append((table, match[1], float(match[2]), float(match[3])))
     return found
@@ -152,13 +195,17 @@ def _ranges() -> list[tuple[str, str, float, float]]:
 
 def test_config_md_gives_the_ranges_that_hold() -> None:
     def parse(table: str, key: str, value: float) -> config.Config:
-        source = {"name": "a", "kind": "video", "path": "/a"}
+        table, _, kind = table.partition(" ")
+        source = {"name": "a", "kind": kind or "video", **LEAST[kind or "video"]}
         tables = {
             "source": [source],
             "line": [{"name": "l", "source": "a"}],
             "telemetry": {},
             "update": {},
             "broker": {},
+            "governor": {},
+            "capture": {},
+            "rule": [{"name": "gate", "line": "l"}],
         }
         where = tables[table]
         (where[0] if isinstance(where, list) else where)[key] = value
@@ -175,7 +222,10 @@ def test_config_md_gives_the_ranges_that_hold() -> None:
 
 def test_every_toml_table_for_a_device_in_the_documents_is_accepted() -> None:
     shown = [
-        block for path in documents() for block in blocks(path) if block.info == "toml" and "[[line]]" in block.text
+        block
+        for path in documents()
+        for block in blocks(path)
+        if block.info in ("toml", "toml example") and "[[line]]" in block.text
     ]
     assert shown
     for block in shown:

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from agent import config, protocol
-from agent.worker import golden
+from agent.worker import follow, golden
 from ota import blocks, delta, payload
 from ota.client import keyring, memfd, sealed
 from ota.client.fsops import Fs
@@ -24,6 +24,7 @@ from ota.client.store import Store
 from ota.client.transfer import Transfer
 from ota.errors import Reason
 from ota.publisher import settings
+from tests.contract import operators
 from tests.crash.memory import MemoryDisk
 from tests.fuzz import answers, known_keys, lifecycle, parsers, repository
 from tests.fuzz.engine import CORPUS
@@ -70,6 +71,17 @@ def documents() -> None:
     }
     keep("graph", "detection.json", json.dumps(graph).encode())
     keep("graph", "raw.json", b'{"task": "raw"}')
+    anchors = {"grids": [19, 19, 1, 1], "aspects": [1.0, 2.0], "reduced": False}
+    for task, kind, keys in (
+        ("detection", "ssd", {"anchors": anchors, "scores": "softmax", "scales": [10.0, 10.0, 5.0, 5.0]}),
+        ("keypoints", "yolo_pose", {"key_points": 17, "normalized": True}),
+        ("segmentation", "segmentation", {"background": [0], "max_points": 90}),
+    ):
+        picture = {"roi": [0.1, 0.2, 0.9, 1.0], "pad": 0, "constants": {"size": [640.0, 480.0]}, "input": "x"}
+        made = {"task": task, "labels": ["a"], "preprocess": picture, "postprocess": {"kind": kind, **keys}}
+        keep("graph", f"{kind}.json", json.dumps(made).encode())
+    found = [{"label": "bolt", "score": 0.9, "box": [1.0, 2.0, 30.5, 40.25]}, {"label": "nut", "box": [0, 0, 5, 5]}]
+    keep("found", "boxes.json", follow.written(found))
 
 
 def payloads() -> None:
@@ -91,6 +103,9 @@ def payloads() -> None:
     keep("store", "file", fs.read_at(f"store/{parsers.PLAIN_SHA256}.cbs", 0, 1 << 20))
     vector = golden.Vector(b"", (np.zeros((1, 4), np.float32),), {"int8": (np.ones((1, 2), np.int8),)})
     keep("golden", "vectors.npz", golden.dump_vectors([vector]))
+    rng = np.random.default_rng(5)
+    for family in (operators.convolutions, operators.fully_connected, operators.means, operators.sums):
+        keep("tflite", f"{family.__name__}.tflite", next(family(rng, "int8")))
 
 
 def messages() -> None:

@@ -18,7 +18,9 @@ from agent.daemon import commands, control, enroll, topics
 from agent.daemon.keys import HPKE_KEY, STORAGE_KEY, TLS_KEY, FileKeys
 from agent.errors import AgentError
 from agent.errors import Reason as AgentReason
-from agent.worker import golden, graph
+from agent.worker import follow, golden, graph
+from agent.worker.delegates import tflitefile
+from agent.worker.delegates.reference import ReferenceSession
 from ota import blocks, delta, payload, release, strictjson
 from ota.client import journal
 from ota.client.desired import parse_grants, split_path
@@ -263,6 +265,10 @@ def read_graph(data: bytes) -> object:
     return graph.parse_graph(strictjson.loads(data, max_bytes=1 << 20, what="graph"))
 
 
+def read_tflite(data: bytes) -> object:
+    return ReferenceSession(tflitefile.read_graph(memoryview(data)))
+
+
 def documents() -> list[Parser]:
     """Signed documents and what they list."""
     walks = [
@@ -276,6 +282,7 @@ def documents() -> list[Parser]:
         Parser("names", read_names, form="bytes"),
         Parser("journal", read_journal),
         Parser("graph", read_graph),
+        Parser("found", follow.read),
     ]
 
 
@@ -289,6 +296,7 @@ def payloads() -> list[Parser]:
         Parser("map", read_map, form="bytes"),
         Parser("store", read_store, form="bytes"),
         Parser("golden", golden.load_vectors, form="bytes"),
+        Parser("tflite", read_tflite, form="bytes", person=True),
     ]
 
 

@@ -20,6 +20,7 @@ from ota.publisher.publish import publish
 from ota.publisher.repository import Repository
 from tests.demo.fleet import BIN, Fleet
 from tests.demo.observer import Observer
+from tests.workerpython import configured
 
 ERROR = re.compile(r"error: (?P<message>.+) \[(?P<reason>[a-z_]+)\]")
 CONFIG = """\
@@ -139,7 +140,7 @@ class Device:
 
     def configure(self, update: str = QUICK, *, clip: Path | None = None) -> str:
         """Write agent.toml; returns its text."""
-        text = CONFIG.format(clip=clip or self.clip, line=self.line, update=update)
+        text = configured(CONFIG.format(clip=clip or self.clip, line=self.line, update=update))
         self.config.write_text(text)
         return text
 

@@ -158,7 +158,7 @@ AGENT: list[Case] = [
     (("infer", MODEL), "bad_usage", "IMAGE", "infer --help"),
     (("inferr", MODEL), "bad_usage", "'inferr'", "--help"),
     (("infer", "none.onnx", PICTURE), "model_missing", "none.onnx does not exist", ".onnx"),
-    (("infer", "text.avi", PICTURE), "unknown_format", "neither .tflite nor .onnx", "convert"),
+    (("infer", "text.avi", PICTURE), "unknown_format", "neither .tflite, .onnx nor .ovir", "convert"),
     (("infer", MODEL, "none.png"), "image_unreadable", "none.png does not exist", "PNG or JPEG"),
     (("infer", MODEL, "text.png"), "image_unreadable", "no image", "PNG or JPEG"),
     (("infer", MODEL, PICTURE, "--delegate", "litert:gpu"), "unknown_delegate", "'litert:gpu'", "litert:xnnpack"),
@@ -226,7 +226,7 @@ def test_a_benchmark_survives_a_model_that_kills_its_runtime_and_says_so(desk: P
     told = refused("edge-agent", "bench", CRASH, folder=desk)
     assert told.reason == "no_delegate"
     rows = {line.split()[0]: line for line in told.done.out.splitlines()}
-    assert "worker_crashed: the trial worker died with SIGSEGV" in rows["litert:xnnpack"]
+    assert "worker_crashed at load: the trial worker died with SIGSEGV" in rows["litert:xnnpack"]
 
 
 def test_a_published_model_that_no_runtime_takes_is_refused_with_the_runtimes_words(

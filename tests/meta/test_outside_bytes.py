@@ -27,9 +27,14 @@ READERS: dict[str, dict[str, str]] = {
     "json.loads": {
         "ota.strictjson": "the strict reader itself",
         "agent.protocol": "32 messages a second from a worker: every field's type and range is checked after it",
+        "agent.worker.delegates.onnxruntime": "what its own runtime wrote a moment before, bounded",
+        "agent.worker.follow": "bounded, from another worker: every value is checked after it, or left out",
         "agent.worker.describe": "a file that the same command wrote a moment before, in a process without rights",
     },
     "json.load": {},
+    "pyexpat.ParserCreate": {
+        "agent.worker.delegates.ovir": "a signed file, bounded, no document type, in a process without rights",
+    },
     "tomllib.loads": {
         "agent.config": "the device's one file, from its owner",
         "agent.profile": "files of the package",

@@ -20,7 +20,8 @@ LOADED = {
     "inputs": [], "outputs": [],
 }  # fmt: skip
 PASSED = {"t": "GoldenPassed", "vectors": 1, "worst": 0.0}
-MEASURED = {"t": "Measured", "runs_ns": [1000] * 5, "cpu_ns": [1000] * 5, "rss_bytes": 1}
+MEASURED = {"t": "Measured", "runs_ns": [1000] * 5, "cpu_ns": [1000] * 5, "waited_ns": [0] * 5, "rss_bytes": 1,
+            "least_rss_bytes": 1}  # fmt: skip
 ATTACHED = {"t": "RingAttached", "warm_ms": 1.0}
 ANSWERS = {"LoadModel": LOADED, "RunGolden": PASSED, "Measure": MEASURED, "AttachRing": ATTACHED}
 
@@ -37,6 +38,8 @@ def worker(behaviour: str) -> None:
         if kind == "StopWorker":
             return
         answer = dict(ANSWERS.get(kind, fault("bad_message")))
+        if kind == "Measure":
+            answer.update(dict.fromkeys(("runs_ns", "cpu_ns", "waited_ns"), [1000] * packet.message.runs))
         fds: list[int] = []
         if behaviour == "descriptors":
             fds = [os.open("/dev/null", os.O_RDONLY) for _ in range(protocol.MAX_FDS)]
@@ -44,6 +47,8 @@ def worker(behaviour: str) -> None:
             answer["runs_ns"] = []
         elif behaviour == "huge_runs" and kind == "Measure":
             answer["runs_ns"] = [10**400] * 5
+        elif behaviour == "slow" and kind == "LoadModel":
+            answer["load_ms"] = 1e12
         elif behaviour == "nan" and kind == "LoadModel":
             answer["coverage"] = float("nan")
         elif behaviour == "surrogate" and kind == "RunGolden":

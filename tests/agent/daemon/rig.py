@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import os
-import sys
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
@@ -12,13 +11,17 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 
 from agent.config import LineConfig, UpdateConfig
+from agent.daemon.fusedsource import FusedSource
 from agent.daemon.lines import LineRuntime
 from agent.daemon.selection import Verdict
 from agent.daemon.sources import SourceRuntime
-from agent.daemon.supervisor import Supervisor, default_host_command
+from agent.daemon.supervisor import Supervisor
+from agent.errors import Reason
 from agent.protocol import Result
 from agent.sourceconfig import SourceConfig
 from ota.client.ports import Candidate
+from tests import workerpython
+from tests.bench.memory import role_of
 
 LIMITS = UpdateConfig(
     poll_s=3600, probation_s=1, probation_results=10, probation_scale=1, load_timeout_s=20, run_timeout_s=10,
@@ -28,27 +31,43 @@ LIMITS = UpdateConfig(
 
 def hostile_host(behaviour: str) -> list[str]:
     """A host whose workers do `behaviour` instead of their work."""
-    return [sys.executable, str(Path(__file__).with_name("hostile.py")), behaviour, "host"]
+    return workerpython.program(str(Path(__file__).with_name("hostile.py")), behaviour, "host")
 
 
 class Rig:
     """Attributes: what was answered and dropped, in order, and the supervisor, source and line that did it."""
 
-    def __init__(self, clip: Path, limits: UpdateConfig, host_command: Sequence[str], policy: str) -> None:
+    def __init__(
+        self,
+        clip: Path,
+        limits: UpdateConfig,
+        host_command: Sequence[str],
+        policy: str,
+        zygote: bool = False,
+        fused: bool = False,
+        fps: float = 60,
+    ) -> None:
         self.results: list[Result] = []
         self.dropped: list[tuple[int, str]] = []
         self.events: list[str] = []
-        self.supervisor = Supervisor(listen=None, host_command=host_command, on_lost=lambda: None)
-        options = {"path": str(clip), "policy": policy, "loop": True, "queue_frames": 4, "fps": 60}
-        self.source = SourceRuntime(
+        self.facts: list[dict[str, object]] = []
+        self.on_crash: Callable[[str, Candidate, Reason], None] = lambda *_: None
+        self.supervisor = Supervisor(listen=None, host_command=host_command, on_lost=lambda: None, zygote=zygote)
+        options = {"path": str(clip), "policy": policy, "loop": True, "queue_frames": 4, "fps": fps}
+        self.source = (FusedSource if fused else SourceRuntime)(
             SourceConfig("belt", "video", options), self.supervisor,
             on_dropped=lambda _, seqs, reason: self.dropped.extend((seq, reason) for seq in seqs),
             on_restarted=lambda _: self.line.source_restarted(), on_state=lambda _: None,
         )  # fmt: skip
         self.line = LineRuntime(
             LineConfig("parts", "belt", 1, "never", ()), self.source, self.supervisor, limits,
-            on_result=lambda _, result: self.results.append(result), on_event=lambda kind, _: self.events.append(kind),
+            on_result=lambda _, result: self.results.append(result), on_event=self._note,
+            on_crash=lambda *crash: self.on_crash(*crash),
         )  # fmt: skip
+
+    def _note(self, kind: str, facts: dict[str, object]) -> None:
+        self.events.append(kind)
+        self.facts.append(facts)
 
     async def serve(self, candidate: Candidate) -> int | None:
         return await self.line.serve(candidate, Verdict(candidate.component.name, "litert:xnnpack"))
@@ -64,12 +83,11 @@ class Rig:
                 await asyncio.sleep(0.02)
 
     def workers(self, role: str) -> list[int]:
-        """Process ids of the living workers of a role, found through their parent."""
+        """Process ids of the living workers of a role, executed or forked, found through their parent."""
         assert self.supervisor.host is not None
         found = []
         for pid in children(self.supervisor.host.pid):
-            words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
-            if role.encode() in words:
+            if role_of(pid) == role:
                 found.append(pid)
         return found
 
@@ -107,9 +125,16 @@ def descriptors() -> int:
 
 @asynccontextmanager
 async def running(
-    clip: Path, limits: UpdateConfig = LIMITS, host_command: Sequence[str] | None = None, policy: str = "live"
+    clip: Path,
+    limits: UpdateConfig = LIMITS,
+    host_command: Sequence[str] | None = None,
+    policy: str = "live",
+    *,
+    zygote: bool = False,
+    fused: bool = False,
+    fps: float = 60,
 ) -> AsyncIterator[Rig]:
-    rig = Rig(clip, limits, host_command or default_host_command(), policy)
+    rig = Rig(clip, limits, host_command or workerpython.host_command(), policy, zygote, fused, fps)
     await rig.supervisor.start()
     rig.source.start()
     try:

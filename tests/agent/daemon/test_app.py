@@ -16,9 +16,10 @@ from agent import app, config, service
 from agent.daemon import askers, enroll
 from agent.daemon.keys import FileKeys
 from agent.daemon.updates import UpdateLoop
+from agent.errors import AgentError, Reason
 from agent.recording import WorkerRecorder
 from ota.client.machine import State
-from ota.client.ports import Candidate
+from ota.client.ports import Candidate, UpdateEvent
 from ota.errors import OtaError
 from ota.errors import Reason as OtaReason
 from ota.publisher import director, publish, sideload, spec
@@ -26,6 +27,7 @@ from ota.publisher import enroll as operator
 from ota.publisher.build import build_release
 from ota.publisher.create import create
 from tests.agent.daemon.conftest import PARTS
+from tests.workerpython import configured
 
 CONFIG = """\
 state_dir = "state"
@@ -49,7 +51,7 @@ probation_scale = 0.002
 @pytest.fixture
 def device(tmp_path: Path, clip: Path) -> config.Config:
     """An enrolled device; beside its state lies a stick with parts 1.0.0."""
-    (tmp_path / "agent.toml").write_text(CONFIG.format(clip=clip))
+    (tmp_path / "agent.toml").write_text(configured(CONFIG.format(clip=clip)))
     loaded = config.load(tmp_path / "agent.toml")
     repository = create(tmp_path / "repo")
     build_release(repository, spec.load(PARTS / "1.0.0" / "spec.toml"), recorder=WorkerRecorder())
@@ -116,18 +118,18 @@ def test_a_committed_release_that_finds_no_room_for_its_trial_at_the_start_is_se
         # without its verdict it has to be tried again before it serves
         (device.state_dir / "verdicts.json").unlink()
         daemon = app.Device(device, {}, online=False)
-        self_test = daemon._host.self_test
+        contest = daemon._host._contest.run
 
-        async def busy_at_first(candidate: Candidate) -> Any:
+        async def none_at_first(runtime: Any, subject: Any, *rest: Any) -> Any:
             if len(refused) < 2:
-                refused.append(candidate.version)
-                raise OtaError(OtaReason.BUSY, "no worker can be had")
-            return await self_test(candidate)
+                refused.append(subject.line)
+                raise AgentError(Reason.WORKER_UNAVAILABLE, "no worker can be had")
+            return await contest(runtime, subject, *rest)
 
-        monkeypatch.setattr(daemon._host, "self_test", busy_at_first)
+        monkeypatch.setattr(daemon._host._contest, "run", none_at_first)
         await daemon.start()
         try:
-            assert refused == ["1.0.0"]
+            assert refused[:1] == ["parts"]
             async with asyncio.timeout(60):
                 while daemon.status()["lines"]["parts"]["version"] != "1.0.0":
                     await asyncio.sleep(0.05)
@@ -178,6 +180,26 @@ def test_a_wish_at_the_start_waits_until_the_committed_release_has_been_brought_
 
     asyncio.run(scenario())
     assert begun == ["1.0.0"]
+
+
+@pytest.mark.parametrize(("reason", "stays"), [(OtaReason.NO_SPACE, False), (OtaReason.TRANSFER_TIMEOUT, True)])
+def test_a_release_that_finds_no_room_gets_that_of_compiled_models(
+    device: config.Config, monkeypatch: pytest.MonkeyPatch, reason: OtaReason, stays: bool
+) -> None:
+    async def failed() -> list[UpdateEvent]:
+        return [UpdateEvent("parts", "1.0.0", "idle", "failed", reason)]
+
+    async def scenario() -> None:
+        daemon = app.Device(device, {}, online=False)
+        kept = device.state_dir / "compiled" / f"{'a' * 64}-0123456789abcdef.cmp"
+        kept.parent.mkdir()
+        kept.write_bytes(b"sealed")
+        monkeypatch.setattr(daemon._updater, "check", failed)
+        monkeypatch.setattr(daemon._updater.store, "has", lambda _: True)
+        assert await daemon._look()
+        assert kept.exists() == stays
+
+    asyncio.run(scenario())
 
 
 def test_a_daemon_whose_heartbeat_died_ends_with_a_failure(

@@ -41,6 +41,47 @@ def test_defaults_are_the_production_values(tmp_path: Path) -> None:
     assert (update.probation_s, update.probation_results, update.probation_scale) == (600, 900, 1.0)
 
 
+RULE = """
+[[rule]]
+name = "gate"
+line = "parts"
+"""
+KEY = "AAECAwQFBgcICQoLDA0ODxAREhMUFRYXGBkaGxwdHh8="
+
+
+def test_a_rule_has_defaults_and_ends_where_it_began(tmp_path: Path) -> None:
+    [rule] = config.load(write(tmp_path, GOOD + RULE + "above = 0.7")).rules
+    assert (rule.above, rule.below, rule.gap_s, rule.snapshot) == (0.7, 0.7, 0.5, False)
+
+
+def test_a_snapshot_needs_the_key_that_it_is_sealed_to(tmp_path: Path) -> None:
+    wanted = GOOD + RULE + "snapshot = true\n"
+    with pytest.raises(ConfigError, match="snapshot needs the key"):
+        config.load(write(tmp_path, wanted))
+    assert config.load(write(tmp_path, wanted + f'[capture]\noperator_key = "{KEY}"')).capture.operator_key[31] == 31
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (RULE.replace("parts", "cars"), "line 'cars' is not among"),
+        (RULE + RULE, "two rules of line 'parts' are called 'gate'"),
+        (RULE + "below = 0.6", "below = 0.6 is over above = 0.5"),
+        (RULE + "zone = [[0, 0], [1, 1]]", "zone has 2 corners"),
+        (RULE + "zone = [[0, 0], [1, 1], [0, 480]]", "zone is not in shares of the frame"),
+        (RULE + "zone = [0, 1, 2]", "is not a pair of numbers"),
+        (RULE + "fro_s = 3", "unknown key 'fro_s'"),
+        (RULE + '[capture]\noperator_key = "c2hvcnQ="', "operator_key is no key"),
+        ("".join(RULE.replace("gate", f"gate {i}") for i in range(33)), "has 33 rules"),
+    ],
+)
+def test_a_rule_that_cannot_be_is_refused(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        config.load(write(tmp_path, GOOD + text))
+    assert message in caught.value.message
+    assert caught.value.hint
+
+
 def test_the_example_is_a_valid_file(tmp_path: Path) -> None:
     loaded = config.load(write(tmp_path, config.example()))
     assert [line.name for line in loaded.lines] == ["parts"]
@@ -100,6 +141,7 @@ def test_settings_keep_where_the_state_lies_and_how_workers_run() -> None:
         ("[broker]\nport = 99999", "port"),
         ("[toaster]", "toaster"),
         ("poll_s = ", "settings"),
+        (f'[capture]\noperator_key = "{"A" * 43}="', "operator_key is another"),
     ],
 )
 def test_settings_that_reach_too_far_or_cannot_be_read_are_refused(line: str, named: str) -> None:
@@ -108,6 +150,13 @@ def test_settings_that_reach_too_far_or_cannot_be_read_are_refused(line: str, na
         config.parse_settings(text, own())
     assert refused.value.reason is Reason.BAD_CONFIG
     assert refused.value.hint
+
+
+def test_settings_may_use_the_key_for_pictures_that_the_device_has_and_drop_it() -> None:
+    key = f'[capture]\noperator_key = "{"A" * 43}="'
+    device = own(capture={"operator_key": "A" * 43 + "="})
+    assert config.parse_settings(SETTINGS + key, device).capture.operator_key == bytes(32)
+    assert config.parse_settings(SETTINGS, device).capture.operator_key == b""
 
 
 def test_the_broker_of_agent_toml_replaces_what_it_names_of_the_enrolment(tmp_path: Path) -> None:
@@ -123,7 +172,7 @@ def test_the_broker_of_agent_toml_replaces_what_it_names_of_the_enrolment(tmp_pa
 
 
 def test_an_exclusive_delegate_has_to_be_one_of_the_profile() -> None:
-    data = {"name": "b", "recognise": {}, "delegates": ["onnx:cpu"], "exclusive": ["onnx:cpu"]}
+    data = {"name": "b", "title": "b", "recognition": "untested", "delegates": ["onnx:cpu"], "exclusive": ["onnx:cpu"]}
     assert profile.parse(data, "b.toml").exclusive == ("onnx:cpu",)
     with pytest.raises(ConfigError, match="litert:cpu") as refused:
         profile.parse({**data, "exclusive": ["litert:cpu"]}, "b.toml")

@@ -16,10 +16,11 @@ import pytest
 from agent import profile
 from agent.config import Config, LineConfig, TelemetryConfig
 from agent.daemon import report
-from agent.daemon.hosting import VERDICTS_NAME, ModelHost
+from agent.daemon.hosting import ModelHost
 from agent.daemon.lines import LineRuntime
 from agent.daemon.selection import Verdict
 from agent.daemon.updates import LastWords
+from agent.daemon.verdicts import NAME as VERDICTS_NAME
 from ota.client.journal import Record
 from ota.client.ports import Candidate
 from ota.errors import OtaError, Reason, Rejected, StoreError
@@ -41,7 +42,7 @@ class Bench:
             state_dir / "agent.toml", state_dir, state_dir, "auto", "process", (), (rig.line.config,),
             TelemetryConfig("all", 1), QUICK,
         )  # fmt: skip
-        chosen = replace(profile.recognise("auto", profile.load_all()), exclusive=exclusive)
+        self.profile = chosen = replace(profile.recognise("auto", profile.load_all()), exclusive=exclusive)
         self.lines: dict[str, Any] = {"parts": rig.line}
         self.host = ModelHost(
             config, chosen, rig.supervisor, self.lines, write=self.written.__setitem__,
@@ -61,10 +62,12 @@ class Bench:
         """Keep passing verdicts, the first of them the fastest."""
         model = candidate.component
         found = [
-            Verdict(model.name, name, actual=name, min_ms=rank + 1.0, model=model.plain_sha256)
+            Verdict(
+                model.name, name, actual=name, min_ms=rank + 1.0, model=model.plain_sha256, profile=self.profile.name
+            )
             for rank, name in enumerate(delegates)
         ]
-        self.host._keep(candidate.line, found)
+        self.host._kept.keep(candidate.line, found)
 
     @property
     def delegate(self) -> str:
@@ -251,13 +254,20 @@ def test_verdicts_that_cannot_be_written_cost_a_trial_and_nothing_else(
         def full(_: str, __: bytes) -> None:
             raise StoreError(Reason.NO_SPACE, "the disk is full")
 
-        bench.host._write = full
+        bench.host._kept.write = full
         assert (await bench.host.self_test(parts)).delegate == XNNPACK
 
     run(body, clip, tmp_path)
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", '{"parts": [{"x": 1}]}', '{"parts": 1}', "\xff"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "", "{", "[]", '{"parts": [{"x": 1}]}', '{"parts": 1}', "\xff",
+        '{"parts": [{"component": "a", "requested": "b", "min_ms": "1"}]}',
+        '{"parts": [{"component": "a", "requested": "b", "reason": "a_word_of_a_later_version"}]}',
+    ],
+)  # fmt: skip
 def test_a_damaged_verdict_file_only_costs_a_trial(clip: Path, tmp_path: Path, text: str) -> None:
     (tmp_path / VERDICTS_NAME).write_text(text, encoding="latin-1")
 
@@ -441,7 +451,7 @@ def test_a_line_that_waited_for_an_accelerator_in_vain_serves_on_what_is_left_an
         bench.knows(parts, XNNPACK, "litert:cpu")
         bench.knows(theirs, XNNPACK, "litert:cpu")
         try:
-            async with bench.host._lending:  # as a trial of a third line has it
+            async with bench.host._contest.lending:  # as a trial of a third line has it
                 both = asyncio.gather(bench.host.resume(parts), bench.host.resume(theirs))
                 await asyncio.sleep(0.2)
                 assert not bench.rig.workers("model")
@@ -465,8 +475,8 @@ def test_a_line_makes_room_only_when_the_start_that_was_called_off_for_it_is_gon
             return await asyncio.get_running_loop().create_future()
 
         line.keep_trying(replace(parts, opener=never), Verdict(parts.component.name, XNNPACK))
-        await bench.rig.until(lambda: bool(line._delegates), 60)
-        (starting,) = line._delegates
+        await bench.rig.until(lambda: bool(line._starts._delegates), 60)
+        (starting,) = line._starts._delegates
         kill, held = starting.kill, asyncio.Event()
 
         async def slowly() -> None:

@@ -25,9 +25,9 @@ def after_attach(rig: Rig, act: Any) -> None:
     """Do `act(model worker)` once, between a model's warm-up and the moment the line learns of it."""
     attach = rig.source.attach
 
-    async def attach_then_act(line: str, model: Any, *, active: bool, timeout_s: float) -> Any:
+    async def attach_then_act(line: str, model: Any, **how: Any) -> Any:
         rig.source.attach = attach  # type: ignore[method-assign]
-        answer = await attach(line, model, active=active, timeout_s=timeout_s)
+        answer = await attach(line, model, **how)
         await act(model)
         return answer
 
@@ -264,7 +264,7 @@ def test_a_line_whose_source_comes_late_serves_when_it_is_there(clip: Path, part
         shutil.copy(clip, late)
         await rig.frames()
 
-    run(body, late, replace(LIMITS, load_timeout_s=1.5))
+    run(body, late, replace(LIMITS, load_timeout_s=5))
 
 
 def test_a_swap_cancelled_before_its_turn_leaves_the_revival_of_the_one_before(

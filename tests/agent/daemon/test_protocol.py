@@ -118,7 +118,7 @@ def test_a_message_too_large_for_the_socket_is_not_sent() -> None:
 
 
 @pytest.mark.parametrize("count", [1, protocol.MAX_FDS, protocol.MAX_FDS + 20])
-@pytest.mark.parametrize("data", [protocol.encode(protocol.Measured([1], [1], 1)), b"nonsense", b""])
+@pytest.mark.parametrize("data", [protocol.encode(protocol.Measured([1], [1], [0], 1, 1)), b"nonsense", b""])
 def test_descriptors_nobody_asked_for_are_closed(data: bytes, count: int) -> None:
     ours, theirs = protocol.socket_pair()
     with ours, theirs:

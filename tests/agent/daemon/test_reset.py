@@ -34,7 +34,8 @@ def fill(state: Path) -> None:
     """A state directory as a life leaves it, with a canary in every kind of place."""
     FileKeys(state / "keys").create()
     (state / "keys" / "ring.cbs").write_bytes(CANARY)
-    for name in ("store/a.cbs", "releases/b.json", "inbox/c.part", "enrolment/ca.crt", "meta/main/root.json"):
+    sealed = ("store/a.cbs", "inbox/c.part", "compiled/d.cmp", "captures/e.cap")
+    for name in (*sealed, "releases/b.json", "enrolment/ca.crt", "meta/main/root.json"):
         (state / name).parent.mkdir(parents=True, exist_ok=True)
         (state / name).write_bytes(CANARY)
     for name in ("journal.a", "commands.json", "agent.toml"):
@@ -258,7 +259,7 @@ def test_every_cut_of_an_expulsion_ends_in_an_expelled_device(tmp_path: Path, mo
             continue
         revoked.wipe(state)
         assert [path.name for path in (state / "keys").iterdir()] == ["wiped"]
-        assert list((state / "store").iterdir()) == []
+        assert [name for name in ("store", "inbox", "compiled", "captures") if list((state / name).iterdir())] == []
     assert number > 10
 
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import errno
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from agent import config, service
-from agent.daemon.settings import Chosen, SettingsTrials, Working, choose, file_sha256
+from agent.daemon.settings import Chosen, SettingsTrials, choose, file_sha256
+from agent.daemon.working import Working
 from ota.client.configuration import Configuration
 from ota.client.fsops import Disk, Fs
 from ota.client.journal import Journal
@@ -37,6 +39,9 @@ class Daemon:
         own = config.load(folder / "agent.toml")
         fs = Fs(folder / "state")
         self.busy = False
+        self.paused = ""
+        self.sources: dict[str, Any] = {}
+        self.lines: dict[str, Any] = {}
         self.now = 0.0
         self.restarts = 0
         self.told: list[Any] = []
@@ -44,7 +49,14 @@ class Daemon:
         self.trials = SettingsTrials(
             self.kept,
             Chosen(own, file_sha256(own), own),
-            Working(lambda: None, {}, {}, committed=lambda _: False, busy=lambda: self.busy),
+            Working(
+                lambda: None,
+                self.sources,
+                self.lines,
+                committed=lambda _: True,
+                busy=lambda: self.busy,
+                paused=lambda: self.paused,
+            ),
             tell=self.told.append,
             restart=self._restart,
             limit_s=60,
@@ -90,10 +102,10 @@ def test_what_the_fleet_does_not_want_any_more_is_not_tried_when_the_update_ends
     assert (daemon.kept.record.state, daemon.restarts) == (State.IDLE, 0)
 
 
-def on_trial(tmp_path: Path, *expect: str) -> Daemon:
+def on_trial(tmp_path: Path, *expect: str, wanted: str = WANTED) -> Daemon:
     """A daemon that runs with settings on trial."""
     daemon = Daemon(tmp_path)
-    daemon.kept.propose(WANTED.encode(), daemon.trials.chosen.own_sha256, Origin.FLEET, expect)
+    daemon.kept.propose(wanted.encode(), daemon.trials.chosen.own_sha256, Origin.FLEET, expect)
     own = daemon.trials.chosen.own
     daemon.trials.chosen = choose(own, file_sha256(own), daemon.kept, 3, restarted=False)
     daemon.trials.start()
@@ -172,3 +184,31 @@ def test_a_trial_in_which_something_expected_stays_away_is_taken_back_after_its_
     assert missing in event["message"]
     assert (daemon.kept.record.state, daemon.kept.record.active, daemon.restarts) == (State.IDLE, "", 1)
     assert list(daemon.kept.record.quarantine) == [event["sha256"]]
+
+
+@pytest.mark.parametrize(
+    ("added", "outcome"),
+    [("[update]\npoll_s = 900\n", "committed"), ('[governor]\nhot_c = 20\nladder = ["pause"]\n', "rolled_back")],
+)
+def test_a_board_too_hot_for_any_frame_is_no_fault_of_settings_that_do_not_call_it_so(
+    tmp_path: Path, added: str, outcome: str
+) -> None:
+    daemon = on_trial(tmp_path, "source belt", wanted=OWN + added)
+    source = SimpleNamespace(state="opening", opened=object(), reason="", detail="")
+    daemon.sources["belt"] = source
+    daemon.lines["parts"] = SimpleNamespace(source=source, config=SimpleNamespace(name="parts"))
+    daemon.paused = "85.0 °C, 80 allowed"
+    for daemon.now in (0.0, 2.0, 60.1):
+        daemon.trials.tick()
+    ends = list(daemon.told) + list(daemon.trials.untold)
+    assert [end["outcome"] for end in ends] == [outcome]
+    assert outcome == "committed" or "opening paused by the governor: 85.0 °C" in ends[0]["message"]
+
+
+def test_a_source_that_cannot_be_opened_fails_the_trial_on_a_hot_board_too(tmp_path: Path) -> None:
+    daemon = on_trial(tmp_path, "source belt")
+    source = SimpleNamespace(state="reconnecting", opened=None, reason="source_unavailable", detail="no such file")
+    daemon.sources["belt"], daemon.paused = source, "85.0 °C, 80 allowed"
+    for daemon.now in (0.0, 60.1):
+        daemon.trials.tick()
+    assert [event["outcome"] for event in daemon.trials.untold] == ["rolled_back"]

@@ -14,16 +14,17 @@ from pathlib import Path
 import pytest
 
 from agent import protocol
-from agent.daemon.supervisor import Supervisor, default_host_command
+from agent.daemon.supervisor import Supervisor
 from agent.daemon.worker import Exit
 from agent.errors import AgentError, Reason, WorkerError
+from tests.workerpython import host_command
 
 Body = Callable[[Supervisor], Awaitable[None]]
 
 
 @asynccontextmanager
 async def running(listen: Path | None = None) -> AsyncIterator[Supervisor]:
-    supervisor = Supervisor(listen=listen, host_command=default_host_command(), on_lost=lambda: None)
+    supervisor = Supervisor(listen=listen, host_command=host_command(), on_lost=lambda: None)
     await supervisor.start()
     try:
         yield supervisor

@@ -13,16 +13,17 @@ import pytest
 
 from agent import protocol
 from agent.daemon import supervisor as supervisors
-from agent.daemon.supervisor import Supervisor, default_host_command
+from agent.daemon.supervisor import Supervisor
 from agent.daemon.worker import fault_error, one_line
 from agent.errors import AgentError, Reason, WorkerError
 from tests.agent.daemon.rig import children, descriptors
+from tests.workerpython import host_command
 
 
 def run(body: Callable[[Supervisor], Awaitable[None]], command: Sequence[str] = ()) -> None:
     async def main() -> None:
         before = descriptors()
-        supervisor = Supervisor(listen=None, host_command=command or default_host_command(), on_lost=lambda: None)
+        supervisor = Supervisor(listen=None, host_command=command or host_command(), on_lost=lambda: None)
         await supervisor.start()
         try:
             await body(supervisor)

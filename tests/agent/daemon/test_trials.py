@@ -11,11 +11,13 @@ from dataclasses import replace
 import pytest
 
 from agent.daemon.selection import Verdict, rank
-from agent.daemon.supervisor import Supervisor, default_host_command
-from agent.daemon.trials import Subject, TrialRunner, candidates, component_order, subject_of, transform
+from agent.daemon.supervisor import Supervisor
+from agent.daemon.trial import Subject
+from agent.daemon.trials import TrialRunner, candidates, component_order, subject_of, transform
 from agent.errors import AgentError, Reason
 from ota.client.ports import Candidate
 from tests.agent.daemon.rig import LIMITS, children, descriptors, hostile_host
+from tests.workerpython import host_command
 
 XNNPACK = "litert:xnnpack"
 
@@ -29,7 +31,7 @@ def run(
 
     async def main() -> None:
         before = descriptors()
-        supervisor = Supervisor(listen=None, host_command=host or default_host_command(), on_lost=lambda: None)
+        supervisor = Supervisor(listen=None, host_command=host or host_command(), on_lost=lambda: None)
         await supervisor.start()
         try:
             await body(supervisor, TrialRunner(supervisor, limits))  # type: ignore[arg-type]
@@ -138,6 +140,13 @@ def test_figures_that_no_honest_worker_gives_are_a_verdict_not_an_accident(parts
     assert verdict.reason in ("bad_message", "worker_crashed")
 
 
+def test_a_worker_cannot_buy_its_model_time_by_saying_that_it_loaded_for_years(parts: Candidate) -> None:
+    """How long the one that serves may take to load follows from it."""
+    verdict = one(subject_of(parts), parts, hostile_host("slow"))
+    assert verdict.passed
+    assert 0 < verdict.load_ms <= 1000 * LIMITS.load_timeout_s
+
+
 def test_what_a_worker_says_reaches_nobody_as_control_characters(parts: Candidate) -> None:
     """Half a surrogate pair would stop the retained report, a line break would forge a log line."""
     assert one(subject_of(parts), parts, hostile_host("surrogate")).reason == "worker_crashed"
@@ -180,8 +189,34 @@ def test_a_transform_that_hangs_or_is_cancelled_leaves_nothing_behind() -> None:
 
 def test_the_component_of_the_last_verdict_is_fetched_first(parts: Candidate) -> None:
     ladder = (XNNPACK, "onnx:cpu")
-    names = component_order(parts.release, ladder, None)
+    names = component_order(parts.release, ladder)
     assert set(names) == {component.name for component in parts.release.components}
-    assert component_order(parts.release, ladder, Verdict(names[1], "onnx:cpu"))[0] == names[1]
-    assert component_order(parts.release, ladder, Verdict("gone", "onnx:cpu")) == names
-    assert component_order(parts.release, (), None) == []
+    assert component_order(parts.release, ladder, [Verdict(names[1], "onnx:cpu")])[0] == names[1]
+    assert component_order(parts.release, ladder, [Verdict("gone", "onnx:cpu")]) == names
+    assert component_order(parts.release, ()) == []
+
+
+def test_the_best_by_the_objective_of_the_line_is_fetched_first(parts: Candidate) -> None:
+    ladder = (XNNPACK, "onnx:cpu")
+    first, second = component_order(parts.release, ladder)
+    last = [Verdict(first, XNNPACK, min_ms=1, cpu_ms=2), Verdict(second, "onnx:cpu", min_ms=2, cpu_ms=1)]
+    assert component_order(parts.release, ladder, last)[0] == first
+    assert component_order(parts.release, ladder, last, objective="power")[0] == second
+    # on a rung that is no longer the line's it cannot win
+    assert component_order(parts.release, (XNNPACK,), last, objective="power") == [first]
+
+
+def test_the_publishers_order_for_the_profile_comes_before_the_last_verdict(parts: Candidate) -> None:
+    ladder = (XNNPACK, "onnx:cpu")
+    first, second = component_order(parts.release, ladder)
+    stated = replace(parts.release, order={"board": (second, first)})
+    assert component_order(stated, ladder, [Verdict(first, XNNPACK)], "board") == [second, first]
+    assert component_order(stated, ladder, [], "another") == [first, second]
+
+
+def test_a_component_whose_runtimes_were_all_missing_is_fetched_last(parts: Candidate) -> None:
+    ladder = (XNNPACK, "onnx:cpu")
+    first, second = component_order(parts.release, ladder)
+    missing = [Verdict(first, XNNPACK, reason="runtime_missing"), Verdict(second, "onnx:cpu")]
+    stated = replace(parts.release, order={"board": (first, second)})
+    assert component_order(stated, ladder, missing, "board") == [second, first]

@@ -415,6 +415,20 @@ def test_a_busy_host_postpones_the_trial_without_counting_it_or_fetching_again(c
     assert len(committed.transport.asked) == asked
 
 
+def test_a_release_refused_for_the_boards_own_trouble_is_not_quarantined_and_comes_when_that_is_mended(
+    committed: Device,
+) -> None:
+    committed.release("1.1.0")
+    committed.host.faults["self_test", "1.1.0"] = Rejected(Reason.NO_DELEGATE, "the driver is not up", retry=True)
+    updater = committed.reboot()
+    for _ in range(5):
+        event = committed.check(updater)
+        assert (event.outcome, event.reason, committed.serving) == ("failed", Reason.NO_DELEGATE, "1.0.0")
+    assert not updater.record.line(LINE).quarantine
+    committed.host.faults.clear()
+    assert committed.check(updater).outcome == "committed"
+
+
 def test_the_next_component_is_fetched_only_after_the_first_was_refused(committed: Device) -> None:
     good, bad = model(8), model(9)
     built = committed.repository.build(LINE, "1.1.0", {"npu": bad, "int8": good}, golden_for(good))

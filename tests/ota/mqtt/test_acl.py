@@ -107,6 +107,22 @@ def test_a_dashboard_hears_devices_and_cannot_command_them(shared_broker: Broker
     assert _publish(dashboard, "edge/v1/edge/cam-1/cmd") == NOT_AUTHORIZED
 
 
+def test_samples_reach_their_device_alone_and_only_from_who_may_publish_them(
+    shared_broker: Broker, make_client: MakeClient
+) -> None:
+    device = _connected(make_client(shared_broker, "cam-1", "edge/v1/edge/cam-1/in/pump"))
+    thief = _connected(make_client(shared_broker, "cam-2", "edge/v1/edge/cam-1/in/#", "edge/v1/edge/+/in/pump"))
+    sensors = _connected(make_client(shared_broker, "ota_sensors", "edge/v1/edge/+/tele", "edge/v1/edge/+/in/+"))
+    assert _publish(sensors, "edge/v1/edge/cam-1/in/pump", b"[1]") < 0x80
+    assert device.expect(Received).payload == b"[1]"
+    for liar in (thief, device):
+        assert _publish(liar, "edge/v1/edge/cam-1/in/pump", b"[9]") == NOT_AUTHORIZED
+    assert _publish(sensors, "edge/v1/edge/cam-1/cmd") == NOT_AUTHORIZED
+    assert _publish(device, "edge/v1/edge/cam-1/tele") < 0x80
+    assert thief.quiet() == []
+    assert sensors.quiet() == []
+
+
 def test_every_device_hears_the_fleet_hint_from_server_and_operator(
     shared_broker: Broker, make_client: MakeClient
 ) -> None:

@@ -52,6 +52,28 @@ def test_a_restarted_broker_is_found_again_and_what_waited_arrives_once(
     assert device.mqtt.waiting() == 0
 
 
+def test_a_topic_that_only_an_earlier_session_wanted_is_left_at_its_next_message(
+    own_broker: Broker, make_client: MakeClient
+) -> None:
+    kept, dropped = "edge/v1/edge/cam-1/in/pump", "edge/v1/edge/cam-1/in/boiler"
+    before = make_client(own_broker, "cam-1", kept, dropped, session_expiry_s=600)
+    before.ready()
+    before.mqtt.close(0.2)
+    after = make_client(own_broker, "cam-1", kept, session_expiry_s=600)
+    assert after.ready().session_present
+    gateway = make_client(own_broker, "ota_sensors")
+    gateway.ready()
+    gateway.mqtt.publish(Message(dropped, b"first"))
+    assert after.expect(Received).payload == b"first"
+    # the broker acts on what one client says in order: it has left when it has confirmed what came later
+    answered = after.mqtt.publish(Message(EVT, b"x", token="later"))
+    assert answered is Sent.QUEUED
+    after.expect(Acknowledged)
+    for topic, payload in ((dropped, b"second"), (kept, b"third")):
+        gateway.mqtt.publish(Message(topic, payload))
+    assert after.expect(Received).payload == b"third"
+
+
 def test_a_broker_that_stops_answering_is_noticed_by_the_keepalive(own_broker: Broker, make_client: MakeClient) -> None:
     client = make_client(own_broker, "cam-1", limits=Limits(keepalive_s=1, connect_timeout_s=1.0))
     client.ready()

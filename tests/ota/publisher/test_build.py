@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from agent.daemon.compiled import load_options
 from ota import delta as codecs
 from ota import payload
 from ota.errors import OtaError, PayloadError
@@ -284,3 +285,39 @@ def test_published_models_become_smaller_full_payloads_and_small_deltas(
     component = build("1.1.0", edited(old, 300)).components[0]
     assert component.full.length < len(old)
     assert component.deltas[0].payload.length < component.full.length // 10
+
+
+@pytest.mark.parametrize(("precision", "allowed"), [((), False), (("bf16",), True)])
+def test_the_precision_that_a_component_allows_is_signed_and_reaches_the_worker(
+    repository: Repository, make_spec: MakeSpec, precision: tuple[str, ...], allowed: bool
+) -> None:
+    spec = make_spec()
+    spec = replace(spec, components=tuple(replace(component, precision=precision) for component in spec.components))
+    release = build_release(repository, spec, recorder=FakeRecorder())
+    (component,) = parse(release.raw).components
+    assert component.precision == precision
+    assert (b"precision" in release.raw) == allowed
+    assert load_options(component) == {"model": component.plain_sha256, "bf16": allowed}
+
+
+def two_components(folder: Path, order: dict[str, list[str]]) -> spec_format.Spec:
+    for name in ("int8.tflite", "b.onnx", "image.png"):
+        (folder / name).write_bytes(model_bytes(1))
+    tables = [{"file": "int8.tflite"}, {"file": "b.onnx"}]
+    return spec_format.parse(spec_table(component=tables, order=order), folder)
+
+
+def test_the_order_of_components_is_signed(repository: Repository, tmp_path: Path) -> None:
+    spec = two_components(tmp_path, {"raspberry-pi-5": ["b.onnx", "int8.tflite"]})
+    release = build_release(repository, spec, recorder=FakeRecorder())
+    assert parse(release.raw).order == {"raspberry-pi-5": ("b.onnx", "int8.tflite")}
+
+
+@pytest.mark.parametrize("order", [{"raspberry-pi-5": ["b.tflite"]}, {"p" * 65: ["b.onnx"]}])
+def test_an_order_of_what_is_not_in_the_release_is_refused_and_leaves_nothing(
+    repository: Repository, tmp_path: Path, order: dict[str, list[str]]
+) -> None:
+    with pytest.raises(OtaError, match="does not list components of this release") as refused:
+        build_release(repository, two_components(tmp_path, order), recorder=FakeRecorder())
+    assert refused.value.hint
+    assert repository.releases("person") == []

@@ -32,13 +32,25 @@ def test_defaults_are_filled_in_so_that_the_release_says_everything() -> None:
         "task": "classification",
         "labels": ["no person", "person"],
         "preprocess": {
+            "kind": "image",
             "resize": "stretch",
             "interpolation": "linear",
             "color": "rgb",
             "mean": [0.0],
             "std": [255.0],
+            "pad": 114,
+            "align": "center",
+            "roi": [0.0, 0.0, 1.0, 1.0],
+            "input": "",
+            "constants": {},
         },
-        "postprocess": {"kind": "classification", "softmax": False, "top_k": 1},
+        "postprocess": {
+            "kind": "classification",
+            "softmax": False,
+            "sigmoid": False,
+            "top_k": 1,
+            "threshold": 0.0,
+        },
     }
     assert (spec.budgets, spec.requires, spec.metrics) == (Budgets(None, None), Requires("", ()), {})
     assert (spec.components[0].file, spec.images) == (MODEL, (HERE / "image.png",))
@@ -77,7 +89,8 @@ def test_a_full_detection_spec_is_read_from_a_file(tmp_path: Path) -> None:
     )
     spec: Spec = load(tmp_path / "spec.toml")
     assert spec.graph["preprocess"] == {
-        "resize": "letterbox", "interpolation": "linear", "color": "gray", "mean": [127.5], "std": [127.0],
+        "kind": "image", "resize": "letterbox", "interpolation": "linear", "color": "gray", "mean": [127.5],
+        "std": [127.0], "pad": 114, "align": "center", "roi": [0.0, 0.0, 1.0, 1.0], "input": "", "constants": {},
     }  # fmt: skip
     assert spec.graph["postprocess"] == {
         "kind": "centernet", "stride": 8, "threshold": 0.35, "max_detections": 100, "nms_iou": 0.5,
@@ -130,7 +143,7 @@ def test_a_key_of_another_postprocess_kind_is_unknown() -> None:
         ({"line": "devices"}, "line 'devices' is not allowed"),
         ({"version": "1.4"}, "'1.4' is not three numbers"),
         ({"version": 1}, "version: not a text"),
-        ({"task": "segmentation"}, "'segmentation' is not one of detection, classification, raw"),
+        ({"task": "reading"}, "'reading' is not one of detection, classification, segmentation, keypoints"),
         ({"labels": []}, "needs at least one label"),
         ({"labels": ["a\x1b[31m"]}, "cannot be printed"),
         ({"labels": ["x" * 81]}, "not a text of 1 to 80"),
@@ -151,6 +164,9 @@ def test_a_key_of_another_postprocess_kind_is_unknown() -> None:
         ({"postprocess": {"kind": "centernet"}}, "does not answer the task 'classification'"),
         ({"task": "detection", "postprocess": {}}, "stride: missing"),
         ({"metrics": {"top1": "high"}}, "top1: not a number"),
+        ({"order": []}, "order: not a table"),
+        ({"order": {"raspberry-pi-5": []}}, "raspberry-pi-5: not a list of 1 to 16"),
+        ({"order": {"raspberry-pi-5": "int8.tflite"}}, "raspberry-pi-5: not a list"),
     ],
 )
 def test_a_wrong_value_is_named_with_its_key(changes: dict[str, Any], text: str) -> None:
@@ -211,3 +227,22 @@ def test_settings_survive_their_own_text() -> None:
 def test_a_wrong_setting_is_named(text: str, error: str) -> None:
     with pytest.raises(OtaError, match=error):
         settings.parse(text.encode())
+
+
+def test_only_a_component_that_says_so_may_be_computed_in_bfloat16() -> None:
+    table = spec_table() | {"component": [{"file": "a.onnx"}, {"file": "b.onnx", "precision": ["bf16"]}]}
+    spec = parse(table, HERE)
+    assert [component.precision for component in spec.components] == [(), ("bf16",)]
+
+
+@pytest.mark.parametrize("value", ["bf16", [], ["int4"], ["bf16", "bf16"], [1], True])
+def test_another_precision_is_refused(value: object) -> None:
+    error = refused(spec_table() | {"component": [{"file": "a.onnx", "precision": value}]}, model=None)
+    assert "precision" in error.message
+
+
+def test_the_order_of_components_is_kept_for_each_profile() -> None:
+    order = {"raspberry-pi-5": ["b.onnx", "int8.tflite"], "generic-x86_64": ["int8.tflite"]}
+    spec = parse(spec_table(order=order), HERE, model=MODEL)
+    assert spec.order == {"raspberry-pi-5": ("b.onnx", "int8.tflite"), "generic-x86_64": ("int8.tflite",)}
+    assert parse(spec_table(), HERE, model=MODEL).order == {}
