@@ -96,11 +96,7 @@ def candidates(components: Sequence[Component], ladder: Sequence[str]) -> list[t
 
 
 def component_order(
-    release: Release,
-    ladder: Sequence[str],
-    last: Sequence[Verdict] = (),
-    profile: str = "",
-    objective: str = "latency",
+    release: Release, ladder: Sequence[str], last: Sequence[Verdict] = (), profile: str = "", objective: str = "latency"
 ) -> list[str]:
     """Names of the components that can run here, the most promising first.
 
