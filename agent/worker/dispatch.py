@@ -22,6 +22,7 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from agent.errors import AgentError, Reason
 from agent.worker.sources import LIVE
@@ -39,8 +40,7 @@ def slots_needed(queue_frames: int) -> int:
     return queue_frames + 2 * MAX_READERS + 1
 
 
-@dataclass(frozen=True)
-class Notify:
+class Notify(NamedTuple):
     """Tell `reader` of a frame; it now holds `slot`. `found` is what the line it follows found in it; a `followed`
     reader shall say what it found when it gives the slot back."""
 
@@ -80,8 +80,7 @@ class Moved:
 Effect = Notify | Drop | Ended | Moved
 
 
-@dataclass(frozen=True)
-class _Frame:
+class _Frame(NamedTuple):
     seq: int
     t_ns: int
     slot: int
@@ -137,20 +136,29 @@ class Dispatch:
     @property
     def at_rest(self) -> bool:
         """Whether nothing can be done for a reader before the next frame: none is pending, and nobody is to leave."""
-        pending = any(line.pending or line.after for line in self._lines.values())
-        return self.started and not pending and not any(reader.ending for reader in self._readers.values())
+        if not self.started:
+            return False
+        # loops here and below, which run for each frame: a generator's frame of its own would cost more than they do
+        for line in self._lines.values():
+            if line.pending or line.after:
+                return False
+        for reader in self._readers.values():  # noqa: SIM110
+            if reader.ending:
+                return False
+        return True
 
     def free_slot(self) -> int | None:
         """Where the next frame may be decoded to; None when the source has to wait: nobody listens, or `every`.
 
         The lowest free slot is the one used last: its pages exist and are in the cache.
         """
-        if all(line.after for line in self._lines.values()):
-            return None
-        full = (not line.after and len(line.pending) >= self._queue_frames for line in self._lines.values())
-        if not self._live and any(full):
-            return None
-        return next((slot for slot, uses in enumerate(self._uses) if not uses), None)
+        wanted = False
+        for line in self._lines.values():
+            if not line.after:
+                if not self._live and len(line.pending) >= self._queue_frames:
+                    return None
+                wanted = True
+        return self._uses.index(0) if wanted and 0 in self._uses else None
 
     def attach(self, reader: int, line: str, active: bool, after: str = "") -> list[Effect]:
         """A new reader, of a line that follows `after` where that is given. An active one takes over the line as by
@@ -197,9 +205,13 @@ class Dispatch:
         line = self._lines.get(state.line)
         if line is None or line.active != reader:
             return effects
-        if not line.after:
+        if line.pending:
+            effects += self._pump(line)
+        if line.after:
+            effects += self._pump_before(line)
+        else:
             self.started = True
-        return effects + self._pump(line) + self._pump_before(line)
+        return effects
 
     def offer(self, slot: int, t_ns: int) -> list[Effect]:
         """The next frame lies in `slot`, which `free_slot` named."""
@@ -294,8 +306,10 @@ class Dispatch:
         if line.active is None or not line.pending:
             return []
         reader = self._readers[line.active]
+        if not reader.asked:
+            return []
         followers = self._following(reader.line)
-        if not reader.asked or (not self._live and any(follower.pending for _, follower in followers)):
+        if not self._live and any(follower.pending for _, follower in followers):
             return []
         frame = line.pending.popleft()
         reader.asked = False

@@ -33,6 +33,7 @@ _FOR_THE_SOURCE = (
 def run(link: channel.Channel, kinds: Mapping[str, SourceOpener], delegates: Mapping[str, DelegateLoader]) -> int:
     """Serve the daemon until it ends this worker; the exit status."""
     cv2.setNumThreads(1)
+    channel.wake_on_time()
     process = _FusedProcess(link, kinds, delegates)
     while process.turn():
         pass
@@ -47,6 +48,7 @@ class _FusedProcess(SourceProcess):
         super().__init__(link, kinds)
         self._model = ModelWorker(link, delegates, self._models_end)
         self._notices: _End | None = None
+        self._sources_end: _End | None = None
 
     @property
     def status(self) -> int:
@@ -64,9 +66,13 @@ class _FusedProcess(SourceProcess):
         if self._notices is not None and self._notices.waiting:
             if not self._model.serve_frame():
                 return False
-            for reader in list(self._readers):
-                self._hear(reader, 1)
+            super()._hear_once()
         return True
+
+    def _hear_once(self) -> None:
+        # the one reader is heard at once, when it has answered
+        if self._sources_end is None or self._sources_end.waiting:
+            super()._hear_once()
 
     def _timeout_s(self) -> float | None:
         if self._notices is not None and self._notices.waiting:
@@ -80,7 +86,8 @@ class _FusedProcess(SourceProcess):
 
     def _end_of(self, fd: int) -> socket.socket:
         os.close(fd)
-        ours, self._notices = _End(-2), _End(-3)
+        ours = self._sources_end = _End(-2)
+        self._notices = _End(-3)
         ours.peer, self._notices.peer = self._notices, ours
         return cast(socket.socket, ours)
 
@@ -116,11 +123,13 @@ class _End:
     def setblocking(self, flag: bool) -> None:
         """It never blocks."""
 
-    def recv(self, size: int) -> bytes:
+    def recv_into(self, buffer: bytearray) -> int:
         if self._came:
-            return self._came.popleft()
+            data = self._came.popleft()
+            buffer[: len(data)] = data
+            return len(data)
         if self._ended:
-            return b""
+            return 0
         raise BlockingIOError
 
     def send(self, data: bytes, flags: int = 0) -> int:

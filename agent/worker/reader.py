@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
@@ -22,8 +21,7 @@ if TYPE_CHECKING:
 BLANK_GREY = 114
 
 
-@dataclass(frozen=True, slots=True)
-class Lent:
+class Lent(NamedTuple):
     """A frame this reader may read until it gives `slot` back. `t_ns` is CLOCK_MONOTONIC; `found` what the line before
     found in it; `followed` whether another line waits for what is found here."""
 
@@ -58,6 +56,7 @@ class RingReader:
         self._frames = ring.map_ring(ring_fd, message.slots, message.slot_bytes, message.dtype, message.shape)
         self._sock = join(notices_fd)
         self._sock.setblocking(True)
+        self._notice = bytearray(protocol.NOTICE.size + protocol.MAX_FOUND_BYTES + 1)
         self.answered = 0
         self.last_seq = -1
 
@@ -77,15 +76,15 @@ class RingReader:
     def receive(self) -> Lent | None:
         """The frame of the next notice; None at the end, and for anything that is no notice of this ring."""
         try:
-            data = self._sock.recv(protocol.NOTICE.size + protocol.MAX_FOUND_BYTES + 1)
+            length = self._sock.recv_into(self._notice)
         except OSError:
             return None
-        if not protocol.NOTICE.size <= len(data) <= protocol.NOTICE.size + protocol.MAX_FOUND_BYTES:
+        if not protocol.NOTICE.size <= length < len(self._notice):
             return None
-        seq, t_ns, slot, flags = protocol.NOTICE.unpack_from(data)
+        seq, t_ns, slot, flags = protocol.NOTICE.unpack_from(self._notice)
         if slot >= len(self._frames):
             return None
-        found = data[protocol.NOTICE.size :]
+        found = bytes(self._notice[protocol.NOTICE.size : length])
         return Lent(seq, t_ns, slot, self._frames[slot], found, bool(flags & protocol.FOLLOWED))
 
     def give_back(self, lent: Lent, found: bytes = b"") -> bool:

@@ -34,6 +34,7 @@ HUNG = 75  # EX_TEMPFAIL
 
 def run(link: channel.Channel, kinds: Mapping[str, SourceOpener]) -> int:
     """Serve one source until the daemon ends it, or until nothing but another process helps."""
+    channel.wake_on_time()
     process = SourceProcess(link, kinds)
     while process.turn():
         pass
@@ -49,6 +50,7 @@ class SourceProcess:
         self._kinds = kinds
         self._readers: dict[int, socket.socket] = {}
         self._numbers: dict[int, int] = {}  # descriptor to reader
+        self._credit = bytearray(protocol.CREDIT.size + protocol.MAX_FOUND_BYTES + 1)
         self._source: Source | LiveSource | None = None
         self._waiter: Waiter | None = None
         self._waited: tuple[int, ...] = ()  # the waiter's descriptor, if there is one
@@ -81,9 +83,8 @@ class SourceProcess:
 
     def act(self, ready: Sequence[int]) -> bool:
         """Do what the `ready` ones of `descriptors` and the clock ask for; False when the process shall end."""
-        for reader in list(self._readers):
-            self._hear(reader, 1)
-        if self._link.fileno() in ready:
+        self._hear_once()
+        if ready and self._link.fileno() in ready:
             # To the end, because a reader may have died since, and the daemon may know.
             for reader in list(self._readers):
                 self._hear(reader)
@@ -249,21 +250,26 @@ class SourceProcess:
 
     # --- readers -----------------------------------------------------------------------------------------------------
 
+    def _hear_once(self) -> None:
+        """Take one credit of each reader that has sent one."""
+        for reader in tuple(self._readers):
+            self._hear(reader, 1)
+
     def _hear(self, reader: int, most: int = MAX_CREDITS) -> None:
         """Take the credits that have arrived, an honest reader's one; notice when the reader is gone."""
-        sock = self._readers.get(reader)
+        sock, data = self._readers.get(reader), self._credit
         while sock is not None and most > 0:
             most -= 1
             try:
-                data = sock.recv(protocol.CREDIT.size + protocol.MAX_FOUND_BYTES + 1)
+                length = sock.recv_into(data)
             except BlockingIOError:
                 return
             except OSError:
-                data = b""
-            if not protocol.CREDIT.size <= len(data) <= protocol.CREDIT.size + protocol.MAX_FOUND_BYTES:
+                length = 0
+            if not protocol.CREDIT.size <= length < len(data):
                 return self._lose(reader)
             (slot,) = protocol.CREDIT.unpack_from(data)
-            found = data[protocol.CREDIT.size :]
+            found = bytes(data[protocol.CREDIT.size : length])
             try:
                 effects = self._dispatch.credit(reader, None if slot == protocol.FIRST_CREDIT else slot, found)
             except AgentError:

@@ -8,8 +8,10 @@ import json
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from agent import memfd
@@ -39,6 +41,8 @@ VWW_SPEC = {
                    "mean": [0.0, 0.0, 0.0], "std": [255.0, 255.0, 255.0]},
     "golden": {"images": [str(DATA / "tflite-micro" / "person.png")]},
 }  # fmt: skip
+ROUNDS, LENGTH = 3, 0.4
+"""How many times more rounds than of other comparisons, and of what share of their length."""
 GOALS = {"p50": 1.05, "shipped": 1.15, "fused": 1.08, "p99_ms": 2.0, "rate": 1.3}
 
 
@@ -67,11 +71,12 @@ def bench(setting: Setting) -> dict[str, Any]:
         model = candidate(setting.folder / name.replace(" ", "-"), described)
         for fps in (FPS, 0.0):
             rounds: dict[str, list[Figures]] = {"bare": [], "shipped": [], "fused": []}
-            for _ in range(setting.rounds):
-                rounds["bare"].append(bare(setting.clip, file, fps, setting.seconds))
+            # short ones and many: the speed of a virtual machine's cores changes by a third within a minute
+            seconds = setting.seconds * LENGTH
+            for _ in range(setting.rounds * ROUNDS):
+                rounds["bare"].append(bare(setting.clip, file, fps, seconds))
                 for way in ("shipped", "fused"):
-                    fused = way == "fused"
-                    rounds[way].append(asyncio.run(shipped(setting.clip, fps, setting.seconds, model, fused=fused)))
+                    rounds[way].append(asyncio.run(shipped(setting.clip, fps, seconds, model, fused=way == "fused")))
             report(name, fps, rounds)
             key = f"{name}, {'30 fps' if fps else 'full rate'}"
             kept[key] = {way: [asdict(f) for f in figures] for way, figures in rounds.items()}
@@ -79,30 +84,34 @@ def bench(setting: Setting) -> dict[str, Any]:
 
 
 def report(name: str, fps: float, rounds: dict[str, list[Figures]]) -> None:
-    """Print one comparison: best of each way's rounds, and the ratio to the bare loop."""
+    """Print one comparison: best of each way's rounds, its ratio to the bare loop's, and the median of the ratios of
+    rounds that followed each other."""
     ways = list(rounds)
     pressures = [f.pressure for figures in rounds.values() for f in figures]
     pace = f"at {fps:.0f} fps" if fps else "as fast as it can"
     print(f"\n640x480 MJPEG {pace}, {name} on litert:xnnpack, best of {len(rounds['bare'])} rounds;"
           f" CPU pressure {min(pressures):.0f} to {max(pressures):.0f} %")  # fmt: skip
-    print(f"  {'':24}" + "".join(f"{way:>11}" for way in ways) + "".join(f"{way:>12}" for way in ways[1:]))
+    print(f"  {'':24}" + "".join(f"{way:>11}" for way in ways) + "".join(f"{way:>19}" for way in ways[1:]))
     if not fps:
-        best = {way: max(f.fps for f in figures) for way, figures in rounds.items()}
-        _row("frames/s", best, ways, f"goal {GOALS['rate']}x where decoding dominates")
+        rates = {way: [f.fps for f in figures] for way, figures in rounds.items()}
+        _row("frames/s", rates, max, f"goal {GOALS['rate']}x where decoding dominates")
         return
     for key, title, goal in (
         ("p50_ms", "tick to result p50, ms", f"goal {GOALS['p50']}"),
         ("p99_ms", "p99, ms", f"goal bare + {GOALS['p99_ms']:.0f} ms"),
         ("cpu_ms", "CPU ms, workers", f"goals {GOALS['shipped']}, {GOALS['fused']}"),
     ):
-        _row(title, {way: min(getattr(f, key) for f in figures) for way, figures in rounds.items()}, ways, goal)
-    whole = {way: min(f.cpu_ms + f.daemon_cpu_ms for f in figures) for way, figures in rounds.items()}
-    _row("CPU ms, with the daemon", whole, ways, "")
+        _row(title, {way: [getattr(f, key) for f in figures] for way, figures in rounds.items()}, min, goal)
+    _row("CPU ms, with the daemon", {w: [f.cpu_ms + f.daemon_cpu_ms for f in fs] for w, fs in rounds.items()}, min, "")
 
 
-def _row(title: str, values: dict[str, float], ways: list[str], goal: str) -> None:
-    ratios = "".join(f"{values[way] / values['bare']:11.2f}x" for way in ways[1:])
-    print(f"  {title:24}" + "".join(f"{values[way]:11.3f}" for way in ways) + ratios + f"  {goal}")
+def _row(title: str, values: dict[str, list[float]], best: Callable[[list[float]], float], goal: str) -> None:
+    bare, *ways = values
+    print(f"  {title:24}" + "".join(f"{best(found):11.3f}" for found in values.values()), end="")
+    for way in ways:
+        paired = median(own / other for own, other in zip(values[way], values[bare], strict=True))
+        print(f"{best(values[way]) / best(values[bare]):11.2f}x ({paired:.2f})", end="")
+    print(f"  {goal}")
 
 
 def candidate(folder: Path, described: spec.Spec) -> Candidate:
