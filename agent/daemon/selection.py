@@ -26,8 +26,9 @@ class Verdict:
     `requested` is the delegate asked for, `actual` the one that ran, `coverage` its share of the nodes; `reason` is
     empty for a pass, else `stage` says where it failed: `load`, `golden`, `measure` or `judge`. Times of runs are
     wall time less what the run waited for a core, which is the board's doing and not the delegate's; `cpu_ms` is the
-    least that all threads of the process computed in a run. It holds for the bytes whose SHA-256 is `model`,
-    under `runtime`, `driver`, `profile` and `threads`, and for nothing else; what a line wants is no part of it.
+    least that all threads of the process computed in a run, `mean_cpu_ms` what they did on average. It holds for the
+    bytes whose SHA-256 is `model`, under `runtime`, `driver`, `profile` and `threads`, and for nothing else; what a
+    line wants is no part of it.
     """
 
     component: str
@@ -50,6 +51,7 @@ class Verdict:
     profile: str = ""
     threads: int = 1
     stage: str = ""
+    mean_cpu_ms: float = 0.0
 
     @property
     def passed(self) -> bool:

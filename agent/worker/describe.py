@@ -28,7 +28,7 @@ from agent.worker.graph import Graph, Preprocess, parse_graph
 from agent.worker.pipeline import Pipeline
 from agent.worker.preprocess import image_layout
 from agent.worker.tensor import TensorSpec
-from agent.worker.windowfile import encode_window
+from agent.worker.windowfile import decode_frame, encode_window
 
 FORMATS = {".tflite": "tflite", ".onnx": "onnx", ".ovir": "ovir"}
 EXTRAS = {"tflite": "litert", "onnx": "onnx", "ovir": "openvino"}
@@ -179,7 +179,11 @@ def _record(
     loaded: Mapping[str, _Loaded], graph: Graph, images: Sequence[Path]
 ) -> tuple[list[golden.Vector], dict[str, Any]]:
     """Run every component on every input; the vectors and the tolerance they may be compared with."""
-    inputs = _pictures(images) if images else _noise(next(iter(loaded.values())).pipeline, graph)
+    if images:
+        inputs = _pictures(images)
+        inputs += _extremes(inputs[0])
+    else:
+        inputs = _noise(next(iter(loaded.values())).pipeline, graph)
     answers = {name: [_answers(pipeline, inputs) for pipeline in model.pipelines] for name, model in loaded.items()}
     atol: dict[str, list[float]] = {}
     for name, model in loaded.items():
@@ -215,6 +219,24 @@ def _pictures(paths: Sequence[Path]) -> list[golden.Vector]:
             raise AgentError(
                 Reason.IMAGE_UNREADABLE, f"cannot read {path}: {e.strerror}", hint="correct images in [golden]"
             ) from e
+    return vectors
+
+
+def _extremes(first: golden.Vector) -> list[golden.Vector]:
+    """A black and a white picture of the first one's shape; none for a sensor's window.
+
+    A camera sees them too, at night and against the sun, and no collection of pictures has them: they are where narrow
+    sums overflow.
+    """
+    assert first.image is not None
+    frame = decode_frame(first.image)
+    if frame.dtype != np.uint8:
+        return []
+    vectors = []
+    for value in (0, 255):
+        ok, data = cv2.imencode(".png", np.full_like(frame, value))
+        assert ok
+        vectors.append(golden.Vector(data.tobytes(), (), {}))
     return vectors
 
 

@@ -1,4 +1,5 @@
-"""What a loaded model's process holds and has others do: memory, descriptors, threads, and the CPU time of helpers.
+"""What a loaded model's process holds and has others do: memory, descriptors, threads, mappings, and the CPU time of
+helpers.
 
 A vendor's library may leave its work to a server that it starts and detaches. Such a process comes back as a child of
 this one where the worker adopts orphans (`channel.adopt_orphans`); a server that was running before is not seen.
@@ -17,8 +18,11 @@ def rss_bytes() -> int:
 
 
 def holdings() -> dict[str, int]:
-    """How many descriptors and threads this process has."""
-    return {"descriptors": len(os.listdir("/proc/self/fd")), "threads": len(os.listdir("/proc/self/task"))}
+    """How many descriptors, threads and mappings this process has. The kernel has a limit for each of them."""
+    with open("/proc/self/maps", "rb") as file:
+        mappings = file.read().count(b"\n")
+    tasks = len(os.listdir("/proc/self/task"))
+    return {"descriptors": len(os.listdir("/proc/self/fd")), "threads": tasks, "mappings": mappings}
 
 
 def helpers_cpu_ns() -> int:

@@ -94,7 +94,7 @@ class Measurement:
         return timed
 
     def _check_holdings(self, runs: int) -> None:
-        """Pass one that does not take another descriptor or thread for every other run, round after round."""
+        """Pass one that does not take another descriptor, thread or mapping for every other run, round after round."""
         self._held.append((holdings(), runs))
         latest = self._held[-1 - LEAK_ROUNDS :]
         if len(latest) <= LEAK_ROUNDS:

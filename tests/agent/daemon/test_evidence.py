@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -31,6 +33,13 @@ def test_two_threads_do_not_hide_it() -> None:
 @pytest.mark.parametrize("cpu_ms", [0.05, 1.0, 3.5])
 def test_hardware_that_takes_work_off_the_processor_is_believed_also_where_its_driver_spins(cpu_ms: float) -> None:
     assert not evidence.fell_back(npu(cpu_ms, min_ms=cpu_ms), [XNNPACK, PLAIN])
+
+
+def test_hardware_that_hands_on_some_of_its_runs_fell_back_where_that_costs_as_much() -> None:
+    witnesses = [replace(PLAIN, mean_cpu_ms=21.0), replace(XNNPACK, mean_cpu_ms=4.4)]
+    charge = evidence.fell_back(replace(npu(0.1), mean_cpu_ms=4.2), witnesses)
+    assert "4.200 ms of CPU a frame on average, as litert:xnnpack alone does (4.400 ms)" in charge
+    assert not evidence.fell_back(replace(npu(0.1), mean_cpu_ms=3.5), witnesses)
 
 
 def test_a_model_so_small_that_the_call_of_a_driver_costs_more_accuses_nobody() -> None:
