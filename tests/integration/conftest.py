@@ -27,6 +27,7 @@ loop = true
 name = "parts"
 source = "belt"
 explore = "never"
+delegates = ["litert:xnnpack", "onnx:cpu"]
 [update]
 probation_scale = 0.002
 run_timeout_s = 3

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 import shutil
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,11 +37,14 @@ loop = true
 name = "{line}"
 source = "belt"
 explore = "never"
+{delegates}
 [telemetry]
 interval_s = 0.1
 [update]
 {update}
 """
+# a trial of all that this machine has takes more than a second of a core; tests of the choice take all, which is none
+TWO_RUNGS = ("litert:xnnpack", "onnx:cpu")
 # seconds and results of probation are 600 and 900 times this
 QUICK = "probation_scale = 0.001\nrun_timeout_s = 3"
 
@@ -127,8 +131,9 @@ def until(what: str, ready: Callable[[], Any], timeout_s: float = 90) -> Any:
 class Device:
     """The fleet's one device, as the tests handle it: its daemon starts and stops, its status is asked often."""
 
-    def __init__(self, fleet: Fleet, clip: Path, *, line: str = "parts") -> None:
+    def __init__(self, fleet: Fleet, clip: Path, *, line: str = "parts", delegates: Sequence[str] = TWO_RUNGS) -> None:
         self.fleet = fleet
+        self.delegates = list(delegates)
         self.line = line
         self.clip = clip
         self.state = fleet.folder / "state"
@@ -140,7 +145,8 @@ class Device:
 
     def configure(self, update: str = QUICK, *, clip: Path | None = None) -> str:
         """Write agent.toml; returns its text."""
-        text = configured(CONFIG.format(clip=clip or self.clip, line=self.line, update=update))
+        rungs = f"delegates = {json.dumps(self.delegates)}" if self.delegates else ""
+        text = configured(CONFIG.format(clip=clip or self.clip, line=self.line, delegates=rungs, update=update))
         self.config.write_text(text)
         return text
 
@@ -220,7 +226,7 @@ class Device:
         """A device below `folder` with a copy of this one's configuration and state, and no daemon yet."""
         shutil.copytree(self.state, folder / "state", ignore=shutil.ignore_patterns("lock"))
         shutil.copy(self.config, folder)
-        return Device(Fleet(folder), self.clip, line=self.line)
+        return Device(Fleet(folder), self.clip, line=self.line, delegates=self.delegates)
 
 
 def ended(observer: Observer, version: str, seen: int, timeout_s: float = 60) -> dict[str, Any]:

@@ -89,7 +89,7 @@ def device(tmp_path_factory: pytest.TempPathFactory, clip: Path) -> Iterator[Dev
     if not Broker.available():
         pytest.skip("mosquitto is not installed")
     fleet = Fleet(tmp_path_factory.mktemp("fleet"))
-    made = Device(fleet, clip, line="own")
+    made = Device(fleet, clip, line="own", delegates=())
     try:
         fleet.make_repository()
         fleet.start_broker()

@@ -24,9 +24,11 @@ from tests.fakes.broker import Broker
 from tests.integration.console import Device, did, make_fleet
 
 AUDITED = Path(__file__).parents[1] / "crash" / "audited.py"
-# what the updater owns; `keys` is the ring alone, `audit` and `verdicts.json` are the daemon's, by the same recipes
+# what the updater owns; `keys` is the ring alone; `audit`, `verdicts.json` and `compiled` (written where a delegate
+# that compiles won its trial) are the daemon's, by the same recipes
 OWNED = re.compile(
-    r"(state|trust|store|inbox|releases|config|audit)(/.*)?|keys(/ring(\.copy)?\.cbs(\.tmp)?)?|verdicts\.json(\.tmp)?"
+    r"(state|trust|store|inbox|releases|config|audit|compiled)(/.*)?|keys(/ring(\.copy)?\.cbs(\.tmp)?)?"
+    r"|verdicts\.json(\.tmp)?"
 )
 # not by fsops, and not the updater's: the lock of the state directory, opened and never written
 OTHERS = {"lock"}

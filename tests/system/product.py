@@ -22,6 +22,7 @@ loop = true
 [[line]]
 name = "parts"
 source = "belt"
+delegates = ["litert:xnnpack"]
 
 [update]
 probation_s = 0.5
