@@ -1,7 +1,8 @@
 """The bare loop that the pipeline is compared with: one process, one thread, OpenCV and LiteRT, nothing else.
 
 It makes the calls that any hand-written script would make, in the order of the shipped models, paced like a camera or
-as fast as it can. Prints one JSON object: frames, seconds, CPU seconds, p50 and p99 of tick to result in milliseconds.
+as fast as it can. Prints one JSON object: frames, seconds, CPU seconds, p50 and p99 of tick to result in milliseconds,
+resident memory in MB.
 """
 
 from __future__ import annotations
@@ -67,8 +68,14 @@ def main(clip: str, model: str, fps: float, seconds: float) -> None:
         "cpu_s": cpu_s,
         "p50_ms": 1000 * latencies[len(latencies) // 2],
         "p99_ms": 1000 * latencies[int(len(latencies) * 0.99)],
+        "rss_mb": _rss_mb(),
     }
     print(json.dumps(figures))
+
+
+def _rss_mb() -> float:
+    with open("/proc/self/statm", encoding="ascii") as file:
+        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e6
 
 
 def _reader(interpreter: Any, width: int) -> Callable[[int], object]:

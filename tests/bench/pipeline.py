@@ -48,8 +48,8 @@ GOALS = {"p50": 1.05, "shipped": 1.15, "fused": 1.08, "p99_ms": 2.0, "rate": 1.3
 
 @dataclass(frozen=True)
 class Figures:
-    """One round: CPU milliseconds per frame, tick-to-result latency, frames per second, and the machine's CPU pressure
-    in percent meanwhile."""
+    """One round: CPU milliseconds per frame, tick-to-result latency, frames per second, the machine's CPU pressure in
+    percent meanwhile, and what the bare loop's process holds."""
 
     cpu_ms: float
     daemon_cpu_ms: float
@@ -57,6 +57,7 @@ class Figures:
     p99_ms: float
     fps: float
     pressure: float
+    rss_mb: float = 0.0
 
 
 def bench(setting: Setting) -> dict[str, Any]:
@@ -102,6 +103,7 @@ def report(name: str, fps: float, rounds: dict[str, list[Figures]]) -> None:
         ("cpu_ms", "CPU ms, workers", f"goals {GOALS['shipped']}, {GOALS['fused']}"),
     ):
         _row(title, {way: [getattr(f, key) for f in figures] for way, figures in rounds.items()}, min, goal)
+    print(f"  the bare loop's process holds {max(f.rss_mb for f in rounds['bare']):.1f} MB")
     _row("CPU ms, with the daemon", {w: [f.cpu_ms + f.daemon_cpu_ms for f in fs] for w, fs in rounds.items()}, min, "")
 
 
@@ -180,4 +182,4 @@ def bare(clip: Path, model: Path, fps: float, seconds: float) -> Figures:
     done = subprocess.run([str(word) for word in command], capture_output=True, text=True, check=True)
     f = json.loads(done.stdout.splitlines()[-1])
     rate = f["frames"] / f["seconds"]
-    return Figures(1000 * f["cpu_s"] / f["frames"], 0.0, f["p50_ms"], f["p99_ms"], rate, pressure.percent)
+    return Figures(1000 * f["cpu_s"] / f["frames"], 0.0, f["p50_ms"], f["p99_ms"], rate, pressure.percent, f["rss_mb"])
