@@ -3,12 +3,12 @@ own limit, and the release before serves again."""
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests import workerpython
 from tests.demo.fleet import PARTS, ROOT, build_bad_release
 from tests.fakes.broker import Broker
 from tests.integration.console import make_fleet, until, watching
@@ -32,10 +32,11 @@ def test_a_committed_release_that_eats_memory_is_ended_at_the_lines_limit_and_ro
         pytest.skip("mosquitto is not installed")
     fleet, device = make_fleet(tmp_path / "fleet", repository, clip, update=UPDATE)
     leak, python = tmp_path / "leak", tmp_path / "python"
-    python.write_text(INTERPRETER.format(python=sys.executable, leaking=LEAKING, file=leak))
+    python.write_text(INTERPRETER.format(python=" ".join(workerpython.program()), leaking=LEAKING, file=leak))
     python.chmod(0o755)
     text = device.config.read_text().replace("[[line]]", "[[line]]\nmemory_mb = 512")
-    device.config.write_text(f'worker_python = "{python}"\n{text}')
+    named = workerpython.configured("")  # this run's own interpreter
+    device.config.write_text(f'worker_python = "{python}"\n{text.removeprefix(named)}')
     try:
         device.start()
         with watching(fleet) as observer:

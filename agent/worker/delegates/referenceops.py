@@ -174,14 +174,14 @@ def _mean(node: Node) -> Kernel:
     count = math.prod(tensor.shape[axis] for axis in axes)
     node.need(count > 0, "it has nothing to average")
     if kind == "float32":
-        return lambda values: np.asarray(values[0].mean(axis=axes, dtype=np.float64, keepdims=keep), np.float32)
+        return lambda values: np.asarray(values[0].mean(axis=axes, dtype=np.float64), np.float32).reshape(left)
     (s1, z1), (s2, z2) = node.quantum(tensor), node.quantum(node.output)
     factor = scaler(np.float64(s1) / np.float64(s2))
     bits = min(count.bit_length() - 1, 32, 31 + int(factor.shift))
     factor = type(factor)((factor.fraction << bits) // count, factor.shift - bits)
 
     def run(values: Sequence[Array]) -> Array:
-        total = values[0].astype(np.int64).sum(axis=axes, keepdims=keep) - z1 * count
+        total = np.asarray(values[0].astype(np.int64).sum(axis=axes)).reshape(left) - z1 * count
         return np.clip(factor.apply(wrapped(total)) + z2, -128, 127).astype(np.int8)
 
     return run
