@@ -119,6 +119,7 @@ class _Run:
         self.processes.append(_Process(name, pid, last=(time.perf_counter(), cpu_s(pid))))
 
     def _look(self) -> None:
+        looked = time.perf_counter() - self._began  # one for all, so that the chart stacks what belongs together
         for process in self.processes:
             try:
                 computed = cpu_s(process.pid)
@@ -126,7 +127,7 @@ class _Run:
                 continue  # it was replaced
             now, (before, was) = time.perf_counter(), process.last
             process.last = (now, computed)
-            process.seen.append((now - self._began, (computed - was) / (now - before), pss_mb(process.pid)))
+            process.seen.append((looked, (computed - was) / (now - before), pss_mb(process.pid)))
 
 
 def bench(setting: Setting) -> dict[str, Any]:
@@ -194,7 +195,7 @@ def draw(processes: Sequence[_Process], phases: Sequence[tuple[float, str]]) -> 
     """Two stacked charts, CPU above memory, as an SVG."""
     width, left, chart, gap = 900, 60, 190, 46
     last = max((at for process in processes for at, *_ in process.seen), default=1.0)
-    times = sorted({round(at / SAMPLE_S) for process in processes for at, *_ in process.seen})
+    times = sorted({at for process in processes for at, *_ in process.seen})
 
     def x(at: float) -> float:
         return left + at / last * (width - left - 20)
@@ -214,8 +215,8 @@ def draw(processes: Sequence[_Process], phases: Sequence[tuple[float, str]]) -> 
         floor = [0.0] * len(times)
         for number, values in enumerate(stack):
             ceiling = [a + b for a, b in zip(floor, values, strict=True)]
-            points = [(x(t * SAMPLE_S), y(v)) for t, v in zip(times, ceiling, strict=True)]
-            points += [(x(t * SAMPLE_S), y(v)) for t, v in zip(reversed(times), reversed(floor), strict=True)]
+            points = [(x(t), y(v)) for t, v in zip(times, ceiling, strict=True)]
+            points += [(x(t), y(v)) for t, v in zip(reversed(times), reversed(floor), strict=True)]
             text = " ".join(f"{px:.1f},{py:.1f}" for px, py in points)
             parts.append(f'<polygon points="{text}" fill="{COLOURS[number % len(COLOURS)]}" fill-opacity=".85"/>')
             floor = ceiling
@@ -237,10 +238,10 @@ def draw(processes: Sequence[_Process], phases: Sequence[tuple[float, str]]) -> 
     return "\n".join([*parts, "</svg>\n"])
 
 
-def _stack(processes: Sequence[_Process], times: Sequence[int], column: int, factor: float) -> list[list[float]]:
+def _stack(processes: Sequence[_Process], times: Sequence[float], column: int, factor: float) -> list[list[float]]:
     """For each process its value at each time, 0 where it was not there."""
     rows = []
     for process in processes:
-        known = {round(look[0] / SAMPLE_S): look[column] * factor for look in process.seen}
+        known = {look[0]: look[column] * factor for look in process.seen}
         rows.append([known.get(at, 0.0) for at in times])
     return rows
