@@ -9,6 +9,7 @@ pressure of the machine beside it. Exit status 1 when one took longer than five 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import random
 import sys
 import threading
@@ -37,9 +38,10 @@ def main() -> int:
     reader.ask()
 
     def read() -> None:
-        while (notice := reader.take()) is not None:
-            frames[0] += 1
-            reader.give_back(notice[2])
+        with contextlib.suppress(ConnectionResetError):  # the source has ended before it heard of the last frame
+            while (notice := reader.take()) is not None:
+                frames[0] += 1
+                reader.give_back(notice[2])
 
     threading.Thread(target=read, daemon=True).start()
     seconds: dict[str, list[float]] = {"killed": [], "stalled": []}
