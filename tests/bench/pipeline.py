@@ -103,8 +103,8 @@ def report(name: str, fps: float, rounds: dict[str, list[Figures]]) -> None:
         ("cpu_ms", "CPU ms, workers", f"goals {GOALS['shipped']}, {GOALS['fused']}"),
     ):
         _row(title, {way: [getattr(f, key) for f in figures] for way, figures in rounds.items()}, min, goal)
-    print(f"  the bare loop's process holds {max(f.rss_mb for f in rounds['bare']):.1f} MB")
     _row("CPU ms, with the daemon", {w: [f.cpu_ms + f.daemon_cpu_ms for f in fs] for w, fs in rounds.items()}, min, "")
+    print(f"  the bare loop's process holds {max(f.rss_mb for f in rounds['bare']):.1f} MB")
 
 
 def _row(title: str, values: dict[str, list[float]], best: Callable[[list[float]], float], goal: str) -> None:
