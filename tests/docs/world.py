@@ -18,7 +18,7 @@ from pathlib import Path
 import psutil
 
 from tests.docs.documents import ROOT, Block
-from tests.fakes.broker import free_port
+from tests.fakes.ports import free_port
 
 _BIN = Path(sys.executable).parent
 _SHOWN_PORT = {"127.0.0.1:8883": "127.0.0.1:{}", "listener 8883 127.0.0.1": "listener {} 127.0.0.1"}

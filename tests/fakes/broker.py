@@ -24,6 +24,8 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
+from tests.fakes.ports import free_port
+
 _SHIPPED = Path(__file__).resolve().parents[2] / "packaging" / "mosquitto"
 _START_S = 10.0
 
@@ -238,13 +240,6 @@ class Broker:
         # settings of the whole broker stand before its listener
         head = [f"{key} {value}" for key, value in replaced.items() if value is not None]
         return "\n".join(head + lines) + "\n"
-
-
-def free_port(host: str = "127.0.0.1") -> int:
-    """A TCP port nobody listened on a moment ago."""
-    with socket.socket() as probe:
-        probe.bind((host, 0))
-        return int(probe.getsockname()[1])
 
 
 def _mosquitto() -> str | None:

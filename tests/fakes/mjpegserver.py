@@ -107,9 +107,9 @@ class MjpegCamera:
 
 
 def _free_port() -> int:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return int(sock.getsockname()[1])
+    from tests.fakes.ports import free_port  # not there where this runs as a program, which is given its port
+
+    return free_port()
 
 
 if __name__ == "__main__":

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import subprocess
 from pathlib import Path
 
 import pytest
+
+from tests.fakes.ports import free_port
 
 PYTHON = "/usr/bin/python3"
 SERVER = Path(__file__).with_name("rtspserver.py")
@@ -33,9 +34,7 @@ class RtspCamera:
     """A camera at `url`, off at first."""
 
     def __init__(self, size: str = "320x240", fps: int = 15, user: str = "", password: str = "") -> None:
-        with socket.socket() as sock:
-            sock.bind(("127.0.0.1", 0))
-            self.port = int(sock.getsockname()[1])
+        self.port = free_port()
         self.size, self._fps, self._login = size, fps, (user, password)
         self._process: subprocess.Popen[bytes] | None = None
 

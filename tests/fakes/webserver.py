@@ -14,7 +14,8 @@ import subprocess
 import time
 from pathlib import Path
 
-from tests.fakes.broker import Identity, free_port
+from tests.fakes.broker import Identity
+from tests.fakes.ports import free_port
 
 GUIDE = Path(__file__).resolve().parents[2] / "docs" / "guides" / "https.md"
 _START_S = 10.0

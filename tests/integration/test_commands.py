@@ -18,7 +18,8 @@ from ota.publisher.publish import publish
 from ota.publisher.repository import Repository
 from tests.demo.fleet import PARTS, VECTORS, build_bad_release
 from tests.demo.observer import Observer
-from tests.fakes.broker import Authority, Broker, free_port
+from tests.fakes.broker import Authority, Broker
+from tests.fakes.ports import free_port
 from tests.integration.console import (
     Device,
     Done,

@@ -20,7 +20,8 @@ from ota.publisher import revocation
 from ota.publisher.enroll import load_device
 from ota.publisher.repository import Repository
 from tests.demo.fleet import BIN, Fleet
-from tests.fakes.broker import Broker, free_port
+from tests.fakes.broker import Broker
+from tests.fakes.ports import free_port
 from tests.integration.console import QUICK, Device, did, refused, run, until, watching
 
 # A publisher whose clock is DAYS behind: what it issues is as old as that, and ends as much earlier.
@@ -52,10 +53,11 @@ class Operator:
         here, broker = f"127.0.0.1:{self.port}", f"127.0.0.1:{self.fleet.broker.port}"
         words = ["listen", "repo", "--bind", here, "--broker", broker]
         log = (self.fleet.folder / "listener.log").open("ab")
-        self._listener = subprocess.Popen(
+        listener = self._listener = subprocess.Popen(
             [sys.executable, "-c", _BEHIND, str(behind_s), *words], cwd=self.fleet.folder, stdout=log, stderr=log
         )
-        until("the listener", lambda: "listening on" in self.log())
+        until("the listener", lambda: "listening on" in self.log() or listener.poll() is not None)
+        assert listener.poll() is None, self.log()
 
     def log(self) -> str:
         path = self.fleet.folder / "listener.log"

@@ -22,8 +22,9 @@ from agent.errors import ControlError, Reason
 from agent.protocol import Result
 from ota.mqtt import Limits, Message, ReconnectPolicy, Tls
 from tests.fakes.blockserver import DEVICE_DOCUMENT, BlockServerProcess
-from tests.fakes.broker import Authority, Broker, free_port
+from tests.fakes.broker import Authority, Broker
 from tests.fakes.broker import Identity as Certificate
+from tests.fakes.ports import free_port
 
 from .conftest import MakeOperator, Operator
 

@@ -33,7 +33,8 @@ from ota.errors import OtaError, Reason, TransferError
 from ota.mqtt import Tls
 from ota.release import LEAF_BYTES, Payload
 from tests.docs.documents import blocks
-from tests.fakes.broker import Authority, Identity, free_port
+from tests.fakes.broker import Authority, Identity
+from tests.fakes.ports import free_port
 from tests.fakes.webserver import GUIDE, WebServer
 
 from .conftest import LyingServer

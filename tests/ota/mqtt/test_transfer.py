@@ -37,7 +37,8 @@ from ota.publisher import announce, serve
 from ota.release import Payload
 from tests.fakes.blockserver import DEVICE_DOCUMENT, BlockServerProcess
 from tests.fakes.blocksource import MemorySource, payload
-from tests.fakes.broker import Authority, Broker, Identity, free_port
+from tests.fakes.broker import Authority, Broker, Identity
+from tests.fakes.ports import free_port
 
 from .conftest import SOON, MakeClient
 

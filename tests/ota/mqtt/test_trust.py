@@ -10,8 +10,9 @@ import pytest
 
 from ota.errors import Reason
 from ota.mqtt import Limits, Lost, Message, ReconnectPolicy, Sent
-from tests.fakes.broker import Authority, Broker, Identity, free_port
+from tests.fakes.broker import Authority, Broker, Identity
 from tests.fakes.impostor import Impostor
+from tests.fakes.ports import free_port
 
 from .conftest import MakeClient
 
